@@ -1,0 +1,48 @@
+# Every target creates .venv when needed; nothing but Python 3.11 and make has to be there before.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo examples test format lint type check bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  \1\t\2/' | expand -t 14
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+install: $(STAMP)  ## create .venv with the pinned versions
+
+demo: $(STAMP)  ## train a digits classifier with AdaHesScale, compare with Adam (SHORT=1: a few epochs, as CI does)
+	$(BIN)/python examples/lightning/demo.py $(if $(SHORT),--short)
+
+examples: $(STAMP)  ## run every example config in full
+	for config in examples/lightning/*.yaml; do \
+		echo "== $$config"; $(BIN)/python -m hesscale_lightning fit --config $$config || exit 1; \
+	done
+
+test: $(STAMP)  ## the whole test suite, doctests included
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+format: $(STAMP)  ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+lint: $(STAMP)  ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(STAMP)  ## check types
+	$(BIN)/mypy
+
+check: lint type test  ## what CI checks: lint, types, tests
+
+bench: $(STAMP)  ## measure the cost of curvature
+	$(BIN)/python benchmarks/cost.py
+
+clean:  ## remove what runs leave behind, keep .venv
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis lightning_logs outputs

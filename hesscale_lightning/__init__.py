@@ -1,0 +1,57 @@
+"""HesScale for PyTorch: the diagonal of the Hessian for about the cost of one more backward pass.
+
+The torch-only names are importable at once; those that need Lightning or torchmetrics are imported when they are first
+asked for, so a plain PyTorch program does not pay for them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hesscale_lightning._version import __version__
+
+if TYPE_CHECKING:
+    from hesscale_lightning.callback import HesScaleCallback
+    from hesscale_lightning.data import DigitsDataModule, MNIST1DDataModule
+    from hesscale_lightning.metrics import (
+        CurvatureMaxAbs,
+        CurvatureMeanAbs,
+        CurvatureNegativeFraction,
+        CurvatureTrace,
+    )
+    from hesscale_lightning.module import HesScaleModule
+
+# name -> module that defines it; imported on first access, because these modules import lightning or torchmetrics
+_LAZY = {
+    "HesScaleCallback": "hesscale_lightning.callback",
+    "HesScaleModule": "hesscale_lightning.module",
+    "DigitsDataModule": "hesscale_lightning.data",
+    "MNIST1DDataModule": "hesscale_lightning.data",
+    "CurvatureTrace": "hesscale_lightning.metrics",
+    "CurvatureMeanAbs": "hesscale_lightning.metrics",
+    "CurvatureMaxAbs": "hesscale_lightning.metrics",
+    "CurvatureNegativeFraction": "hesscale_lightning.metrics",
+}
+
+__all__ = [
+    "CurvatureMaxAbs",
+    "CurvatureMeanAbs",
+    "CurvatureNegativeFraction",
+    "CurvatureTrace",
+    "DigitsDataModule",
+    "HesScaleCallback",
+    "HesScaleModule",
+    "MNIST1DDataModule",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(import_module(_LAZY[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
