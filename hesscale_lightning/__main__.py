@@ -1,0 +1,6 @@
+"""``python -m hesscale_lightning {fit,validate,test,predict} --config FILE``."""
+
+from hesscale_lightning.cli import main
+
+if __name__ == "__main__":
+    main()
