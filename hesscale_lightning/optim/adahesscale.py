@@ -1,0 +1,367 @@
+"""AdaHesScale: Adam's update with HesScale's curvature in place of the squared gradient."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+
+from hesscale_lightning.optim.curvature_average import (
+    DENOMINATORS,
+    Denominator,
+    as_host_number,
+    refresh_averages,
+)
+from hesscale_lightning.optim.diagonals import clear_diagonals, missing_diagonal_error, peek_diagonal, state_dtype
+from hesscale_lightning.optim.gradient_rescaling import GradientProbe, gradient_rescaling, place_probes
+from hesscale_lightning.optim.normalized_update import Batch, UpdateRule, normalized_update
+from hesscale_lightning.optim.trust_region import (
+    flatten_statistics,
+    mean_abs,
+    predicted_decrease,
+    trust_region_scale,
+)
+
+
+@dataclass(slots=True)
+class _Averaging(Batch):
+    """A batch and what its running averages move towards in this step."""
+
+    grads: list[Tensor] = field(default_factory=list)
+    refreshed: list[Tensor] = field(default_factory=list)
+    diagonals: list[Tensor] = field(default_factory=list)
+
+
+_Gathered = list[tuple[Tensor, Tensor, Tensor | None]]  # parameter, gradient, new diagonal
+
+
+@dataclass(slots=True)
+class _GroupStep:
+    """What the latest step did to one param group."""
+
+    batches: list[_Averaging]
+    rule: UpdateRule
+    lr: float | Tensor
+    scale: float | Tensor
+    grad_scale: float | Tensor
+
+
+class AdaHesScale(Optimizer):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 3e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        denominator: Denominator = "rms",
+        max_update: float | None = 10.0,
+        delta: float | None = 1e-4,
+        lr_scale: float = 1.0,
+        follow_grad_scale: bool = True,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "denominator": denominator,
+            "max_update": max_update,
+            "delta": delta,
+            "lr_scale": lr_scale,
+            "follow_grad_scale": follow_grad_scale,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+        }
+        _check_options(defaults)
+        self._probes: list[list[GradientProbe]] = []
+        self._latest: list[_GroupStep] = []
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group; options it does not set are the optimizer's defaults."""
+        _check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        self._probes.append(place_probes(self.param_groups[-1]["params"]))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        # Hooks, and what was noted from the latest step, are not part of a copy or checkpoint.
+        self._probes = [place_probes(group["params"]) for group in self.param_groups]
+        self._latest = []
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load the optimizer's state.
+
+        Unlike torch's own optimizers it keeps float32 averages of half-precision parameters at full precision.
+        """
+        loaded: StateDict = {}
+        # Registered last, so it sees the dictionary as all other hooks have left it.
+        handle = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        for group, saved in zip(self.param_groups, loaded["param_groups"], strict=True):
+            for param, key in zip(group["params"], saved["params"], strict=True):
+                for name, value in loaded["state"].get(key, {}).items():
+                    self.state[param][name] = _restored(value, name, param, group["capturable"])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients and drop the diagonals of all optimized parameters."""
+        super().zero_grad(set_to_none)
+        clear_diagonals(self.param_groups)
+
+    def record_gradients(self) -> None:
+        """Declare that gradients and diagonals, as they are now, belong to the same loss."""
+        for probes in self._probes:
+            for probe in probes:
+                probe.note()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update the parameters.
+
+        Args:
+            closure: reevaluates the model, calls backward with curvature attached, and returns the loss.
+
+        Returns:
+            The closure's loss, or None without a closure.
+
+        Raises:
+            RuntimeError: if a parameter has a gradient and has never had a diagonal, or a sparse gradient. Nothing is
+                updated then.
+            ValueError: if a diagonal's shape is not its parameter's.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        gathered = [self._gather(index) for index in range(len(self.param_groups))]
+        self._latest = [
+            self._update_group(group, probes, found)
+            for group, probes, found in zip(self.param_groups, self._probes, gathered, strict=True)
+        ]
+        return loss
+
+    @torch._disable_dynamo
+    def _gather(self, group_index: int) -> _Gathered:
+        """Collect and check one group's gradients and diagonals, changing nothing."""
+        group = self.param_groups[group_index]
+        found: _Gathered = []
+        for index, param in enumerate(group["params"]):
+            grad = param.grad
+            if grad is None:
+                continue
+            if grad.is_sparse:
+                raise RuntimeError("AdaHesScale does not support sparse gradients")
+            diagonal = peek_diagonal(param)
+            if diagonal is None and not self.state.get(param):
+                raise missing_diagonal_error("AdaHesScale", group_index, index, group)
+            found.append((param, grad, diagonal))
+        return found
+
+    def _update_group(self, group: dict[str, Any], probes: list[GradientProbe], found: _Gathered) -> _GroupStep:
+        rescaling = gradient_rescaling(probes)
+        grad_scale = rescaling if group["follow_grad_scale"] else 1.0
+        beta1, beta2 = group["betas"]
+        delta = group["delta"]
+        rule = UpdateRule(beta1, beta2, group["eps"], group["denominator"], group["max_update"], delta is not None)
+        lr = _learning_rate(group)
+        foreach = _use_foreach(group["foreach"], found)
+
+        batches = self._average(group, found, grad_scale, foreach)
+        updates = [normalized_update(batch, rule, foreach=foreach) for batch in batches]
+        scale: float | Tensor = 1.0
+        if delta is not None and updates:
+            along = updates[0].curvature_along
+            for update in updates[1:]:
+                along = along + _beside(update.curvature_along, along)
+            scale = trust_region_scale(delta, along * lr * lr)
+        for batch, update in zip(batches, updates, strict=True):
+            if group["weight_decay"] != 0:
+                _multiply(batch.params, 1 - lr * group["weight_decay"], foreach)
+            _descend(batch.params, update.directions, lr * scale * update.gain, foreach)
+        return _GroupStep(batches, rule, lr, scale, grad_scale)
+
+    def _average(
+        self, group: dict[str, Any], found: _Gathered, grad_scale: float | Tensor, foreach: bool
+    ) -> list[_Averaging]:
+        """Count the step, move the running averages, consume the diagonals, and sort the tensors into batches."""
+        on_device = group["capturable"] or torch.compiler.is_compiling()
+        states = [self.state[param] or self._new_state(param, group) for param, _, _ in found]
+        _add_one([state["step"] for state in states])
+        _add_one([state["hess_step"] for state, (_, _, h) in zip(states, found, strict=True) if h is not None])
+
+        batches: dict[Any, _Averaging] = {}
+        for state, (param, grad, diagonal) in zip(states, found, strict=True):
+            counts = None if on_device else (state["step"].item(), state["hess_step"].item())
+            key = (param.device, param.dtype, counts)
+            batch = batches.get(key)
+            if batch is None:
+                batch = batches[key] = _Averaging(counts=counts)
+            m, v = state["exp_avg"], state["exp_avg_hess"]
+            batch.params.append(param)
+            batch.grad_averages.append(m)
+            batch.curvature_averages.append(v)
+            if on_device:
+                batch.steps.append(state["step"])
+                batch.refreshes.append(state["hess_step"])
+            batch.grads.append(grad if grad.dtype == m.dtype else grad.to(m.dtype))
+            if diagonal is not None:
+                batch.refreshed.append(v)
+                batch.diagonals.append(diagonal)
+                param.hess_diag = None  # type: ignore[attr-defined]
+        beta1, beta2 = group["betas"]
+        for batch in batches.values():
+            grads = [-grad for grad in batch.grads] if group["maximize"] else batch.grads
+            if foreach:
+                torch._foreach_lerp_(batch.grad_averages, grads, 1 - beta1)
+            else:
+                for average, grad in zip(batch.grad_averages, grads, strict=True):
+                    average.lerp_(grad, 1 - beta1)
+            factor = _beside(grad_scale, batch.params[0])
+            refresh_averages(batch.refreshed, batch.diagonals, beta2, group["denominator"], factor, foreach=foreach)
+            # The record of the latest step refers to the batch and must not keep these alive.
+            batch.grads, batch.refreshed, batch.diagonals = [], [], []
+        return list(batches.values())
+
+    def _new_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[param]
+        dtype = state_dtype(param)
+        device = param.device if group["capturable"] else torch.device("cpu")
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        state["hess_step"] = torch.zeros((), dtype=torch.float32, device=device)
+        state["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        state["exp_avg_hess"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        return state
+
+    @property
+    def stats(self) -> dict[str, Tensor]:
+        """Scalar tensors that describe the latest step; empty before the first.
+
+        Computed when read, from the averages and from the gradients as they are then: read it before they are cleared.
+        With several param groups every name is followed by ``/`` and the group's index.
+
+        - ``scale``: the trust region's factor, 1 where it did not bind.
+        - ``grad_scale``: the factor by which gradients had been multiplied since backward, also applied to the diagonals.
+        - ``mean_abs_update``: mean absolute change of a parameter, without weight decay.
+        - ``predicted_decrease``: fall of the quadratic model along the step, ``-(sum(g u) + sum(D u^2) / 2)``; left out
+          if gradients are gone. With ``maximize`` it is the predicted rise.
+        """
+        return flatten_statistics([_describe(latest, group) for latest, group in zip(self._latest, self.param_groups)])
+
+
+@torch.no_grad()
+def _describe(latest: _GroupStep, group: dict[str, Any]) -> dict[str, Any]:
+    statistics: dict[str, Any] = {"scale": latest.scale, "grad_scale": latest.grad_scale}
+    foreach = _use_foreach(group["foreach"], [])
+    grads: list[Tensor | None] = []
+    steps: list[Tensor] = []
+    along: float | Tensor = 0.0
+    for batch in latest.batches:
+        update = normalized_update(batch, latest.rule._replace(measure_curvature=True), foreach=foreach)
+        size = latest.lr * latest.scale
+        steps += [direction * (-size * update.gain) for direction in update.directions]
+        grads += [-p.grad if group["maximize"] and p.grad is not None else p.grad for p in batch.params]
+        along = along + _beside(update.curvature_along * size * size, along)
+    if steps:
+        statistics["mean_abs_update"] = mean_abs(steps)
+        decrease = predicted_decrease(grads, steps, along)
+        if decrease is not None:
+            statistics["predicted_decrease"] = decrease
+    return statistics
+
+
+def _learning_rate(group: dict[str, Any]) -> float | Tensor:
+    """The group's own factor times its learning rate; a tensor only if it has to stay on the device."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        lr = lr.squeeze() if group["capturable"] else as_host_number(lr.squeeze())
+    return lr * group["lr_scale"]
+
+
+def _use_foreach(requested: bool | None, found: _Gathered) -> bool:
+    """Multi-tensor kernels unless refused, or unless a parameter is of a tensor subclass, which they may not know."""
+    if requested is not None:
+        return requested
+    return all(type(param) in (Tensor, torch.nn.Parameter) for param, _, _ in found)
+
+
+def _beside(value: float | Tensor, other: float | Tensor) -> float | Tensor:
+    """A scalar on the device of another tensor."""
+    return value.to(other.device) if isinstance(value, Tensor) and isinstance(other, Tensor) else value
+
+
+def _add_one(counts: list[Tensor]) -> None:
+    if counts and counts[0].is_cpu and not torch.compiler.is_compiling():
+        torch._foreach_add_(counts, torch.ones(()), alpha=1.0)  # wraps the number once instead of once per tensor
+    elif counts:
+        torch._foreach_add_(counts, 1.0)
+
+
+def _multiply(tensors: list[Tensor], factor: float | Tensor, foreach: bool) -> None:
+    factor = _beside(factor, tensors[0])
+    if foreach:
+        torch._foreach_mul_(tensors, factor)
+    else:
+        for tensor in tensors:
+            tensor.mul_(factor)
+
+
+def _descend(params: list[Tensor], directions: list[Tensor], size: float | Tensor, foreach: bool) -> None:
+    """``params -= size * directions``, in place; overwrites the directions if the size is a tensor."""
+    if isinstance(size, Tensor):
+        _multiply(directions, size, foreach)
+        size = 1.0
+    if foreach:
+        torch._foreach_add_(params, directions, alpha=-size)
+    else:
+        for param, direction in zip(params, directions, strict=True):
+            param.add_(direction, alpha=-size)
+
+
+def _restored(value: Any, name: str, param: Tensor, capturable: bool) -> Any:
+    """A loaded state entry on the right device and in the averages' dtype, copied from what was saved."""
+    if not isinstance(value, Tensor):
+        return value
+    if name in ("step", "hess_step"):
+        return value.detach().to(device=param.device if capturable else "cpu", dtype=torch.float32, copy=True)
+    return value.detach().to(device=param.device, dtype=state_dtype(param), copy=True)
+
+
+def _check_options(group: dict[str, Any]) -> None:
+    """Raise ValueError, with the value, for a hyperparameter out of its range."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr as a tensor must have one element, but it has shape {tuple(lr.shape)}")
+    if not lr >= 0:
+        raise ValueError(f"lr must be >= 0, got {lr}")
+    betas = group["betas"]
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+    for name in ("eps", "weight_decay", "lr_scale"):
+        if not group[name] >= 0:
+            raise ValueError(f"{name} must be >= 0, got {group[name]}")
+    for name in ("max_update", "delta"):
+        if group[name] is not None and not group[name] > 0:
+            raise ValueError(f"{name} must be > 0 or None, got {group[name]}")
+    if group["denominator"] not in DENOMINATORS:
+        raise ValueError(f"denominator must be one of {', '.join(DENOMINATORS)}, got {group['denominator']!r}")

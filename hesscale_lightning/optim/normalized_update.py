@@ -1,0 +1,136 @@
+"""From running averages to the normalised update of AdaHesScale, by multi-tensor kernels or tensor by tensor.
+
+With m the gradient average, v the curvature average, and their bias corrections b1 = 1 - beta1^t, b2 = 1 - beta2^n::
+
+    u = clamp( (m / b1) / (root(v / b2) + eps), -max_update, max_update )
+
+where root is the square root ("rms", "sqrt_abs") or the identity ("abs"). The trust region also needs ``sum D u^2``. Its D
+is the curvature damped by eps, as in the denominator: the denominator itself, or its square for "sqrt_abs".
+
+When the counts t and n are numbers on the host, the corrections are not applied to the tensors but folded into eps, the
+clamp and one factor: ``u = gain * clamp(m / (root(v) + eps c), max_update / gain)`` with ``c = root(b2)`` and
+``gain = c / b1``, which saves two passes over memory.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hesscale_lightning.optim.curvature_average import as_operand, sum_of_scalars
+
+_SMALL = 1 << 16  # entries; below, a kernel's call costs more than its work
+
+
+@dataclass(slots=True)
+class Batch:
+    """Tensors of one param group that are updated together: same device, dtype and counts.
+
+    Attributes:
+        params: the parameters.
+        grad_averages: exponential averages of the gradient.
+        curvature_averages: exponential averages of the curvature.
+        steps: number of steps t as scalar tensors, one per parameter.
+        refreshes: number of steps n that brought a new diagonal, as scalar tensors, one per parameter.
+        counts: (t, n) where they are known on the host and equal for the whole batch, else None.
+    """
+
+    params: list[Tensor] = field(default_factory=list)
+    grad_averages: list[Tensor] = field(default_factory=list)
+    curvature_averages: list[Tensor] = field(default_factory=list)
+    steps: list[Tensor] = field(default_factory=list)
+    refreshes: list[Tensor] = field(default_factory=list)
+    counts: tuple[float, float] | None = None
+
+
+class UpdateRule(NamedTuple):
+    """The hyperparameters of the normalised update, of one param group."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    denominator: str
+    max_update: float | None
+    measure_curvature: bool
+
+
+class Update(NamedTuple):
+    """The normalised update ``gain * directions``, and its ``sum D u^2`` (0 if it was not asked for)."""
+
+    directions: list[Tensor]
+    gain: float
+    curvature_along: float | Tensor
+
+
+def normalized_update(batch: Batch, rule: UpdateRule, *, foreach: bool) -> Update:
+    """Compute the update of one batch; nothing in the batch is changed.
+
+    On the CPU large tensors are visited one by one in either case: multi-tensor kernels loop there as well, and keeping
+    one denominator alive at a time instead of all of them halved the time at a million parameters.
+    """
+    if batch.counts is None:
+        eps, gain, unit = rule.eps, 1.0, 1.0
+        m = _corrected(batch.grad_averages, rule.beta1, batch.steps)
+        v = _corrected(batch.curvature_averages, rule.beta2, batch.refreshes)
+    else:
+        steps, refreshes = batch.counts
+        root = 1 - rule.beta2**refreshes if rule.denominator == "abs" else (1 - rule.beta2**refreshes) ** 0.5
+        eps, gain = rule.eps * root, root / (1 - rule.beta1**steps)
+        unit = (gain / root) ** 2 if rule.denominator == "sqrt_abs" else gain**2 / root
+        m, v = batch.grad_averages, batch.curvature_averages
+    bound = None if rule.max_update is None else rule.max_update / gain
+    if foreach and m[0].is_cpu and sum(average.numel() for average in m) > _SMALL:
+        foreach = False
+    kernel = _foreach if foreach else _one_by_one
+    directions, along = kernel(m, v, eps, bound, rule)
+    return Update(directions, gain, along * unit)
+
+
+def _corrected(averages: list[Tensor], beta: float, counts: list[Tensor]) -> list[Tensor]:
+    """Bias-corrected averages, with counts that stay on the device."""
+    return [average / (1 - beta**count) for average, count in zip(averages, counts, strict=True)]
+
+
+def _one_by_one(
+    averages: list[Tensor], curvatures: list[Tensor], eps: float, bound: float | None, rule: UpdateRule
+) -> tuple[list[Tensor], float | Tensor]:
+    rooted = rule.denominator != "abs"
+    offset = as_operand(eps, averages[0])
+    directions = []
+    terms: list[Tensor] = []
+    for m, v in zip(averages, curvatures, strict=True):
+        d = v.sqrt().add_(offset) if rooted else v + offset
+        u = m / d
+        if bound is not None:
+            u.clamp_(-bound, bound)
+        directions.append(u)
+        if rule.measure_curvature:
+            d.mul_(u)
+            terms.append(inner_product(d, d if rule.denominator == "sqrt_abs" else u))
+    return directions, sum_of_scalars(terms)
+
+
+def _foreach(
+    averages: list[Tensor], curvatures: list[Tensor], eps: float, bound: float | None, rule: UpdateRule
+) -> tuple[list[Tensor], float | Tensor]:
+    offset = as_operand(eps, averages[0])
+    if rule.denominator == "abs":
+        d = torch._foreach_add(curvatures, offset)
+    else:
+        d = torch._foreach_sqrt(curvatures)
+        torch._foreach_add_(d, offset)
+    u = torch._foreach_div(averages, d)
+    if bound is not None:
+        torch._foreach_clamp_max_(u, bound)
+        torch._foreach_clamp_min_(u, -bound)
+    if not rule.measure_curvature:
+        return list(u), 0.0
+    torch._foreach_mul_(d, u)
+    torch._foreach_mul_(d, d if rule.denominator == "sqrt_abs" else u)
+    return list(u), sum_of_scalars(torch._foreach_norm(d, 1))
+
+
+def inner_product(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of the products of all entries of two tensors of one shape and layout."""
+    return torch.dot(a.reshape(-1), b.reshape(-1))
