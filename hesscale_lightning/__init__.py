@@ -8,6 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hesscale_lightning._version import __version__
+from hesscale_lightning.curvature import UnsupportedOperationError, attach, backward, register_rule
+from hesscale_lightning.optim import AdaHesScale
 
 if TYPE_CHECKING:
     from hesscale_lightning.callback import HesScaleCallback
@@ -33,6 +35,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "AdaHesScale",
     "CurvatureMaxAbs",
     "CurvatureMeanAbs",
     "CurvatureNegativeFraction",
@@ -41,7 +44,11 @@ __all__ = [
     "HesScaleCallback",
     "HesScaleModule",
     "MNIST1DDataModule",
+    "UnsupportedOperationError",
     "__version__",
+    "attach",
+    "backward",
+    "register_rule",
 ]
 
 

@@ -149,6 +149,9 @@ class HesScaleCallback(Callback):
             torch._foreach_mul_(_diagonals(parameters), 1.0 / scaler.get_scale())
         if trainer.world_size > 1:
             self._reduce(trainer, parameters)
+        if (scaler is not None or trainer.world_size > 1) and hasattr(optimizer, "record_gradients"):
+            # AdaHesScale scales the diagonal as it finds the gradient scaled since backward. Up to here that is done.
+            optimizer.record_gradients()
         if self._log_is_due(trainer):
             self._log(trainer, optimizer, _diagonals(parameters), finite_only=scaler is not None)
 
