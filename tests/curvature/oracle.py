@@ -1,0 +1,111 @@
+"""One table format for all rules, and the check that a case runs: the engine against dense derivatives of one operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesscale_lightning.curvature import backward, exact_local_diag, register_rule
+from hesscale_lightning.curvature.graph import trace
+
+
+@dataclass(frozen=True)
+class Case:
+    """One use of an operation.
+
+    Attributes:
+        name: What pytest prints.
+        operation: The function, of tensors only; returns a tensor or several.
+        inputs: Shapes (filled with normal numbers) or ready float64 tensors.
+        nodes: Names of the autograd nodes whose rules this case proves; checked to be in its graph.
+        positive: Inputs are made positive (for logarithms and roots).
+    """
+
+    name: str
+    operation: Callable[..., Any]
+    inputs: Sequence[Any]
+    nodes: Sequence[str] = field(default=())
+    positive: bool = False
+
+    def tensors(self) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        made = []
+        for spec in self.inputs:
+            if isinstance(spec, Tensor):
+                made.append(spec.clone())
+            else:
+                x = torch.randn(spec, generator=generator, dtype=torch.float64)
+                made.append(x.abs() + 0.3 if self.positive else x)
+        return [x.requires_grad_() for x in made]
+
+
+class Probe(torch.autograd.Function):
+    """Ends a graph: a scalar whose gradient with respect to each tensor is ``g`` and whose curvature is ``h``."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> Tensor:
+        ctx.g, ctx.h = tensors[count : 2 * count], tensors[2 * count :]
+        ctx.count = count
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return (None, *ctx.g, *([None] * (2 * ctx.count)))
+
+
+@register_rule("ProbeBackward", curved=True)
+def probe(operation: Any) -> Any:
+    count = operation.node.count
+    h = [h if h.any() else None for h in operation.node.h]
+    return lambda _, __: (None, *h, *([None] * (2 * count)))
+
+
+def node_names(loss: Tensor) -> set[str]:
+    found = trace(loss.grad_fn, None)
+    names = {node.name() for node in found.nodes}
+    if any(transposed for edges in found.edges.values() for _, _, transposed in edges):
+        names.add("TBackward0")
+    return names
+
+
+def check(case: Case, dtype: torch.dtype = torch.float64) -> None:
+    """Compares the engine with the dense local formula, relative error below 1e-9.
+
+    Four times: curvature and gradient arrive; only the gradient does, as directly at the loss; only curvature does, because
+    the gradient is zero, and because Gauss-Newton drops the second derivative.
+    """
+    for with_g, with_h, method in ((1, 1, "hesscale"), (1, 0, "hesscale"), (0, 1, "hesscale"), (1, 1, "hesscale_gn")):
+        _check(case, dtype, bool(with_g), bool(with_h), method)
+
+
+def _check(case: Case, dtype: torch.dtype, with_g: bool, with_h: bool, method: Any) -> None:
+    inputs = [x.detach().to(dtype).requires_grad_() for x in case.tensors()]
+    outputs = case.operation(*inputs)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    generator = torch.Generator().manual_seed(2)
+    g = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(dtype) * with_g for y in outputs]
+    h = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(dtype) * with_h for y in outputs]
+    if method == "hesscale_gn":  # a parameterised operation on the way makes the case's a part of the network's inside
+        one = torch.ones((), dtype=dtype, requires_grad=True)
+        loss = Probe.apply(len(outputs), *[y * one for y in outputs], *g, *h)
+    else:
+        loss = Probe.apply(len(outputs), *outputs, *g, *h)
+    missing = set(case.nodes) - node_names(loss)
+    assert not missing, f"{case.name} was to prove {missing}, but its graph has {sorted(node_names(loss))}"
+    backward(loss, method=method)
+    if method == "hesscale_gn":
+        g = [torch.zeros_like(g_y) for g_y in g]
+    expected = exact_local_diag(case.operation, inputs, g, h)
+    scale = max(float(e.abs().max()) if e.numel() else 0.0 for e in expected)
+    tolerance = 1e-9 if dtype is torch.float64 else 1e-4
+    for x, e in zip(inputs, expected, strict=True):
+        assert x.hess_diag.shape == e.shape
+        assert x.hess_diag.dtype == dtype
+        error = float((x.hess_diag - e).abs().max()) if e.numel() else 0.0
+        assert error <= tolerance * max(scale, 1e-6), (
+            f"{case.name} ({method}, g {with_g}, h {with_h}): error {error:.3e} at scale {scale:.3e}"
+        )
