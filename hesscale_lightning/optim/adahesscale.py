@@ -1,6 +1,5 @@
 """AdaHesScale: Adam's update with HesScale's curvature in place of the squared gradient."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, overload
@@ -9,15 +8,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from hesscale_lightning.optim.curvature_average import (
-    DENOMINATORS,
-    Denominator,
-    as_host_number,
-    refresh_averages,
-)
+from hesscale_lightning.optim.curvature_average import Denominator, refresh_averages
 from hesscale_lightning.optim.diagonals import clear_diagonals, missing_diagonal_error, peek_diagonal, state_dtype
 from hesscale_lightning.optim.gradient_rescaling import GradientProbe, gradient_rescaling, place_probes
+from hesscale_lightning.optim.hyperparameters import check_options, learning_rate, use_foreach
 from hesscale_lightning.optim.normalized_update import Batch, UpdateRule, normalized_update
+from hesscale_lightning.optim.tensor_lists import add_one, beside, multiply, subtract
 from hesscale_lightning.optim.trust_region import (
     flatten_statistics,
     mean_abs,
@@ -50,6 +46,82 @@ class _GroupStep:
 
 
 class AdaHesScale(Optimizer):
+    r"""Adam with the running average of curvature, in place of the squared gradient, in the denominator.
+
+    With the gradient :math:`g_t` and the Hessian diagonal :math:`h_t` of step t, and n the number of steps so far that
+    brought a new diagonal:
+
+    .. math::
+
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1)\, g_t \\
+        v_n &= \beta_2 v_{n-1} + (1 - \beta_2)\, h_t^2 \\
+        D_n &= \sqrt{v_n / (1 - \beta_2^n)} \\
+        u_t &= \mathrm{clamp}\left(\frac{m_t / (1 - \beta_1^t)}{D_n + \epsilon},
+               -\text{max\_update}, \text{max\_update}\right) \\
+        s_t &= \min\left(1, \sqrt{\frac{2\,\text{delta}}{\gamma^2 \sum_i (D_n + \epsilon)_i u_{t,i}^2}}\right) \\
+        \theta_t &= (1 - \gamma \lambda)\, \theta_{t-1} - s_t \gamma u_t
+
+    where :math:`\gamma` is ``lr * lr_scale`` and :math:`\lambda` the weight decay. The sum runs over one param group,
+    so networks whose curvature differs, such as an actor and a critic, belong in groups of their own. Unlike Adam's,
+    the update has units: it is a damped Newton step, and ``lr`` is the fraction of it that is taken.
+
+    **Diagonals.** A diagonal is read from ``param.hess_diag``, where :func:`hesscale_lightning.attach` leaves it beside
+    ``param.grad``. ``step`` *takes* it: afterwards ``param.hess_diag`` is None, so it cannot enter the average twice,
+    also if only ``model.zero_grad()`` is called. ``zero_grad`` of this class drops diagonals that were not taken. In a
+    step without new diagonals (curvature every k steps) the running average stands as it is and does not decay.
+
+    **Gradient clipping and loss scaling** multiply :math:`g` and not :math:`h`. The factor is found by comparing, on
+    two small parameters per group, the gradient's norm at the step with the one that backward delivered, and the
+    diagonals are multiplied by the same factor, as if the loss itself had been rescaled. ``clip_grad_norm_``,
+    ``GradScaler.unscale_`` and a division by the number of accumulated batches are all covered. ``delta`` is then in
+    units of the rescaled loss. Where gradients do not share one factor (``clip_grad_value_``, a sum over processes) the
+    diagonals are left alone, and ``stats["grad_scale"]`` is 1. Code that rescales or reduces the *diagonals* itself
+    calls :meth:`record_gradients` afterwards.
+
+    Args:
+        params: parameters, named parameters, or param groups; every option below can be set per group.
+        lr: learning rate (default: 3e-3). A tensor is read on the host unless ``capturable``.
+        betas: decay rates of the averages of gradient and curvature (default: (0.9, 0.999)).
+        eps: added to the denominator (default: 1e-8). Larger values damp the step where curvature is small.
+        weight_decay: decoupled weight decay, as in AdamW (default: 0.0).
+        denominator: "rms" divides by the root of the average of :math:`h^2`, as in the paper; "abs" by the average of
+            :math:`|h|`; "sqrt_abs" by the root of the average of :math:`|h|` (default: "rms"). The trust region's D is
+            the average of :math:`|h|` in the last case.
+        max_update: bound of every entry of the normalised update :math:`u`, before the learning rate; None for no bound
+            (default: 10.0). It guards against units that are active in few samples, whose curvature is nearly 0.
+        delta: radius of the trust region in units of the loss; None for none (default: 1e-4). It keeps training stable
+            at learning rates far too high.
+        lr_scale: multiplies ``lr``. It is an option of its own so that a group keeps its factor when a scheduler or
+            Stable-Baselines3 overwrites ``lr`` (default: 1.0).
+        follow_grad_scale: apply to diagonals the factor by which gradients were multiplied (default: True).
+        maximize: maximise the objective (default: False).
+        foreach: use multi-tensor kernels; None uses them unless a parameter is of a tensor subclass (default: None).
+        capturable: keep step counters on the parameters' device and never read them on the host, as graph capture
+            needs (default: False).
+
+    Raises:
+        ValueError: if a hyperparameter is out of its range.
+        RuntimeError: in ``step``, if a parameter has a gradient and has never had a diagonal, or its gradient is
+        sparse.
+
+    Example:
+        >>> import torch
+        >>> from hesscale_lightning.optim import AdaHesScale
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> curvature = torch.tensor([1.0, 100.0])
+        >>> optimizer = AdaHesScale([weight], lr=0.5, delta=None)
+        >>> loss = (curvature * weight**2).sum() / 2
+        >>> loss.backward()  # with hesscale_lightning.attach(loss) before it, the next line is not needed
+        >>> weight.hess_diag = curvature
+        >>> optimizer.step()
+        >>> print(weight.detach())  # half of the Newton step, whatever the curvature
+        tensor([ 0.5000, -1.0000])
+
+    Reference: Elsayed, Farrahi, Dangel, Mahmood, `Revisiting Scalable Hessian Diagonal Approximations for Applications
+    in Reinforcement Learning <https://arxiv.org/abs/2406.03276>`_, ICML 2024. The authors' AdaHesScale has neither
+    ``max_update`` nor ``delta``: pass None for both to get theirs.
+    """
+
     def __init__(
         self,
         params: ParamsT,
@@ -81,14 +153,15 @@ class AdaHesScale(Optimizer):
             "foreach": foreach,
             "capturable": capturable,
         }
-        _check_options(defaults)
+        check_options(defaults)
         self._probes: list[list[GradientProbe]] = []
         self._latest: list[_GroupStep] = []
+        self._buffers: dict[Tensor, Tensor] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group; options it does not set are the optimizer's defaults."""
-        _check_options({**self.defaults, **param_group})
+        check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self._probes.append(place_probes(self.param_groups[-1]["params"]))
 
@@ -100,6 +173,7 @@ class AdaHesScale(Optimizer):
         # Hooks, and what was noted from the latest step, are not part of a copy or checkpoint.
         self._probes = [place_probes(group["params"]) for group in self.param_groups]
         self._latest = []
+        self._buffers = {}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load the optimizer's state.
@@ -124,7 +198,12 @@ class AdaHesScale(Optimizer):
         clear_diagonals(self.param_groups)
 
     def record_gradients(self) -> None:
-        """Declare that gradients and diagonals, as they are now, belong to the same loss."""
+        """Declare that gradients and diagonals, as they are now, belong to the same loss.
+
+        Only a factor that gradients are multiplied by after this call is applied to the diagonals. To be called by code
+        that has rescaled or reduced the diagonals itself (a callback that divides them by a loss scale or averages them
+        over processes), after the gradients were unscaled or reduced and before they are clipped.
+        """
         for probes in self._probes:
             for probe in probes:
                 probe.note()
@@ -184,21 +263,21 @@ class AdaHesScale(Optimizer):
         beta1, beta2 = group["betas"]
         delta = group["delta"]
         rule = UpdateRule(beta1, beta2, group["eps"], group["denominator"], group["max_update"], delta is not None)
-        lr = _learning_rate(group)
-        foreach = _use_foreach(group["foreach"], found)
+        lr = learning_rate(group)
+        foreach = use_foreach(group["foreach"], (param for param, _, _ in found))
 
         batches = self._average(group, found, grad_scale, foreach)
-        updates = [normalized_update(batch, rule, foreach=foreach) for batch in batches]
+        updates = [normalized_update(batch, rule, foreach=foreach, buffers=self._buffers) for batch in batches]
         scale: float | Tensor = 1.0
         if delta is not None and updates:
             along = updates[0].curvature_along
             for update in updates[1:]:
-                along = along + _beside(update.curvature_along, along)
+                along = along + beside(update.curvature_along, along)
             scale = trust_region_scale(delta, along * lr * lr)
         for batch, update in zip(batches, updates, strict=True):
             if group["weight_decay"] != 0:
-                _multiply(batch.params, 1 - lr * group["weight_decay"], foreach)
-            _descend(batch.params, update.directions, lr * scale * update.gain, foreach)
+                multiply(batch.params, 1 - lr * group["weight_decay"], foreach=foreach)
+            subtract(batch.params, update.directions, lr * scale * update.gain, foreach=foreach)
         return _GroupStep(batches, rule, lr, scale, grad_scale)
 
     def _average(
@@ -207,8 +286,8 @@ class AdaHesScale(Optimizer):
         """Count the step, move the running averages, consume the diagonals, and sort the tensors into batches."""
         on_device = group["capturable"] or torch.compiler.is_compiling()
         states = [self.state[param] or self._new_state(param, group) for param, _, _ in found]
-        _add_one([state["step"] for state in states])
-        _add_one([state["hess_step"] for state, (_, _, h) in zip(states, found, strict=True) if h is not None])
+        add_one([state["step"] for state in states])
+        add_one([state["hess_step"] for state, (_, _, h) in zip(states, found, strict=True) if h is not None])
 
         batches: dict[Any, _Averaging] = {}
         for state, (param, grad, diagonal) in zip(states, found, strict=True):
@@ -237,7 +316,7 @@ class AdaHesScale(Optimizer):
             else:
                 for average, grad in zip(batch.grad_averages, grads, strict=True):
                     average.lerp_(grad, 1 - beta1)
-            factor = _beside(grad_scale, batch.params[0])
+            factor = beside(grad_scale, batch.params[0])
             refresh_averages(batch.refreshed, batch.diagonals, beta2, group["denominator"], factor, foreach=foreach)
             # The record of the latest step refers to the batch and must not keep these alive.
             batch.grads, batch.refreshed, batch.diagonals = [], [], []
@@ -261,18 +340,21 @@ class AdaHesScale(Optimizer):
         With several param groups every name is followed by ``/`` and the group's index.
 
         - ``scale``: the trust region's factor, 1 where it did not bind.
-        - ``grad_scale``: the factor by which gradients had been multiplied since backward, also applied to the diagonals.
+        - ``grad_scale``: the factor by which gradients had been multiplied since backward, also applied to the
+        diagonals.
         - ``mean_abs_update``: mean absolute change of a parameter, without weight decay.
         - ``predicted_decrease``: fall of the quadratic model along the step, ``-(sum(g u) + sum(D u^2) / 2)``; left out
           if gradients are gone. With ``maximize`` it is the predicted rise.
         """
-        return flatten_statistics([_describe(latest, group) for latest, group in zip(self._latest, self.param_groups)])
+        return flatten_statistics(
+            [_describe(latest, group) for latest, group in zip(self._latest, self.param_groups, strict=False)]
+        )
 
 
 @torch.no_grad()
 def _describe(latest: _GroupStep, group: dict[str, Any]) -> dict[str, Any]:
     statistics: dict[str, Any] = {"scale": latest.scale, "grad_scale": latest.grad_scale}
-    foreach = _use_foreach(group["foreach"], [])
+    foreach = use_foreach(group["foreach"], (p for batch in latest.batches for p in batch.params))
     grads: list[Tensor | None] = []
     steps: list[Tensor] = []
     along: float | Tensor = 0.0
@@ -281,61 +363,13 @@ def _describe(latest: _GroupStep, group: dict[str, Any]) -> dict[str, Any]:
         size = latest.lr * latest.scale
         steps += [direction * (-size * update.gain) for direction in update.directions]
         grads += [-p.grad if group["maximize"] and p.grad is not None else p.grad for p in batch.params]
-        along = along + _beside(update.curvature_along * size * size, along)
+        along = along + beside(update.curvature_along * size * size, along)
     if steps:
         statistics["mean_abs_update"] = mean_abs(steps)
         decrease = predicted_decrease(grads, steps, along)
         if decrease is not None:
             statistics["predicted_decrease"] = decrease
     return statistics
-
-
-def _learning_rate(group: dict[str, Any]) -> float | Tensor:
-    """The group's own factor times its learning rate; a tensor only if it has to stay on the device."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        lr = lr.squeeze() if group["capturable"] else as_host_number(lr.squeeze())
-    return lr * group["lr_scale"]
-
-
-def _use_foreach(requested: bool | None, found: _Gathered) -> bool:
-    """Multi-tensor kernels unless refused, or unless a parameter is of a tensor subclass, which they may not know."""
-    if requested is not None:
-        return requested
-    return all(type(param) in (Tensor, torch.nn.Parameter) for param, _, _ in found)
-
-
-def _beside(value: float | Tensor, other: float | Tensor) -> float | Tensor:
-    """A scalar on the device of another tensor."""
-    return value.to(other.device) if isinstance(value, Tensor) and isinstance(other, Tensor) else value
-
-
-def _add_one(counts: list[Tensor]) -> None:
-    if counts and counts[0].is_cpu and not torch.compiler.is_compiling():
-        torch._foreach_add_(counts, torch.ones(()), alpha=1.0)  # wraps the number once instead of once per tensor
-    elif counts:
-        torch._foreach_add_(counts, 1.0)
-
-
-def _multiply(tensors: list[Tensor], factor: float | Tensor, foreach: bool) -> None:
-    factor = _beside(factor, tensors[0])
-    if foreach:
-        torch._foreach_mul_(tensors, factor)
-    else:
-        for tensor in tensors:
-            tensor.mul_(factor)
-
-
-def _descend(params: list[Tensor], directions: list[Tensor], size: float | Tensor, foreach: bool) -> None:
-    """``params -= size * directions``, in place; overwrites the directions if the size is a tensor."""
-    if isinstance(size, Tensor):
-        _multiply(directions, size, foreach)
-        size = 1.0
-    if foreach:
-        torch._foreach_add_(params, directions, alpha=-size)
-    else:
-        for param, direction in zip(params, directions, strict=True):
-            param.add_(direction, alpha=-size)
 
 
 def _restored(value: Any, name: str, param: Tensor, capturable: bool) -> Any:
@@ -345,23 +379,3 @@ def _restored(value: Any, name: str, param: Tensor, capturable: bool) -> Any:
     if name in ("step", "hess_step"):
         return value.detach().to(device=param.device if capturable else "cpu", dtype=torch.float32, copy=True)
     return value.detach().to(device=param.device, dtype=state_dtype(param), copy=True)
-
-
-def _check_options(group: dict[str, Any]) -> None:
-    """Raise ValueError, with the value, for a hyperparameter out of its range."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr as a tensor must have one element, but it has shape {tuple(lr.shape)}")
-    if not lr >= 0:
-        raise ValueError(f"lr must be >= 0, got {lr}")
-    betas = group["betas"]
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
-    for name in ("eps", "weight_decay", "lr_scale"):
-        if not group[name] >= 0:
-            raise ValueError(f"{name} must be >= 0, got {group[name]}")
-    for name in ("max_update", "delta"):
-        if group[name] is not None and not group[name] > 0:
-            raise ValueError(f"{name} must be > 0 or None, got {group[name]}")
-    if group["denominator"] not in DENOMINATORS:
-        raise ValueError(f"denominator must be one of {', '.join(DENOMINATORS)}, got {group['denominator']!r}")

@@ -10,23 +10,25 @@ denominator running average v            curvature D
 "sqrt_abs"  average of |h|               v / (1 - beta^n)
 ==========  ===========================  ==========================
 
-Averages are exponential, v <- beta v + (1 - beta) h^2, and start at zero. They decay only when they are refreshed, so the
-bias correction counts refreshes and not steps. "sqrt_abs" differs from "abs" only in what the gradient is divided by.
+Averages are exponential, v <- beta v + (1 - beta) h^2, and start at zero. They decay only when they are refreshed, so
+the bias correction counts refreshes and not steps. "sqrt_abs" differs from "abs" only in what the gradient is divided
+by.
 """
 
-from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from hesscale_lightning.optim.tensor_lists import as_operand
 
 Denominator = Literal["rms", "abs", "sqrt_abs"]
 DENOMINATORS: tuple[str, ...] = get_args(Denominator)
 
 
 def refresh_averages(
-    averages: Sequence[Tensor],
-    diagonals: Sequence[Tensor],
+    averages: list[Tensor],
+    diagonals: list[Tensor],
     beta: float,
     denominator: str,
     factor: float | Tensor = 1.0,
@@ -50,15 +52,15 @@ def refresh_averages(
             _refresh_one(average, diagonal, beta, denominator, factor)
         return
     if isinstance(factor, Tensor):
-        diagonals, factor = torch._foreach_mul(diagonals, factor), 1.0  # type: ignore[arg-type]
+        diagonals, factor = list(torch._foreach_mul(diagonals, factor)), 1.0
     if denominator == "rms":
-        torch._foreach_mul_(averages, as_operand(beta, averages[0]))  # type: ignore[arg-type]
-        torch._foreach_addcmul_(averages, diagonals, diagonals, (1 - beta) * factor**2)  # type: ignore[arg-type]
+        torch._foreach_mul_(averages, as_operand(beta, averages[0]))
+        torch._foreach_addcmul_(averages, diagonals, diagonals, (1 - beta) * factor**2)
     else:
-        magnitudes = torch._foreach_abs(diagonals)  # type: ignore[arg-type]
+        magnitudes = torch._foreach_abs(diagonals)
         if factor != 1.0:
             torch._foreach_mul_(magnitudes, factor)
-        torch._foreach_lerp_(averages, magnitudes, 1 - beta)  # type: ignore[arg-type]
+        torch._foreach_lerp_(averages, magnitudes, 1 - beta)
 
 
 def _refresh_one(average: Tensor, diagonal: Tensor, beta: float, denominator: str, factor: float | Tensor) -> None:
@@ -71,22 +73,3 @@ def _refresh_one(average: Tensor, diagonal: Tensor, beta: float, denominator: st
         if factor != 1.0:
             magnitude.mul_(factor)
         average.lerp_(magnitude, 1 - beta)
-
-
-def as_operand(value: float, like: Tensor) -> float | Tensor:
-    """A number in the form that foreach kernels take fastest: on the CPU they would wrap it once per tensor."""
-    return torch.tensor(value, dtype=like.dtype) if like.is_cpu and not torch.compiler.is_compiling() else value
-
-
-def as_host_number(scalar: Tensor) -> float | Tensor:
-    """A scalar tensor as a float where reading it costs nothing (CPU, eager mode), else itself."""
-    return scalar.item() if scalar.is_cpu and not torch.compiler.is_compiling() else scalar
-
-
-def sum_of_scalars(scalars: Sequence[Tensor]) -> float | Tensor:
-    """The sum of scalar tensors of one device, by the same rule: a float on the CPU, else a scalar tensor."""
-    if not scalars:
-        return 0.0
-    if scalars[0].is_cpu and not torch.compiler.is_compiling():
-        return float(sum(scalar.item() for scalar in scalars))
-    return torch.stack(list(scalars)).sum()

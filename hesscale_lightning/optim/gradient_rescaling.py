@@ -66,7 +66,8 @@ class GradientProbe:
 
 
 def _norm(grad: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(grad.detach(), dtype=state_dtype(grad))
+    norm: Tensor = torch.linalg.vector_norm(grad.detach(), dtype=state_dtype(grad))
+    return norm
 
 
 def place_probes(params: Sequence[Tensor]) -> list[GradientProbe]:

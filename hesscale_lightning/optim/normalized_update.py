@@ -4,8 +4,8 @@ With m the gradient average, v the curvature average, and their bias corrections
 
     u = clamp( (m / b1) / (root(v / b2) + eps), -max_update, max_update )
 
-where root is the square root ("rms", "sqrt_abs") or the identity ("abs"). The trust region also needs ``sum D u^2``. Its D
-is the curvature damped by eps, as in the denominator: the denominator itself, or its square for "sqrt_abs".
+where root is the square root ("rms", "sqrt_abs") or the identity ("abs"). The trust region also needs ``sum D u^2``.
+Its D is the curvature damped by eps, as in the denominator: the denominator itself, or its square for "sqrt_abs".
 
 When the counts t and n are numbers on the host, the corrections are not applied to the tensors but folded into eps, the
 clamp and one factor: ``u = gain * clamp(m / (root(v) + eps c), max_update / gain)`` with ``c = root(b2)`` and
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hesscale_lightning.optim.curvature_average import as_operand, sum_of_scalars
+from hesscale_lightning.optim.tensor_lists import as_operand, inner_product, sum_of_scalars
 
 _SMALL = 1 << 16  # entries; below, a kernel's call costs more than its work
 
@@ -63,8 +63,17 @@ class Update(NamedTuple):
     curvature_along: float | Tensor
 
 
-def normalized_update(batch: Batch, rule: UpdateRule, *, foreach: bool) -> Update:
+def normalized_update(
+    batch: Batch, rule: UpdateRule, *, foreach: bool, buffers: dict[Tensor, Tensor] | None = None
+) -> Update:
     """Compute the update of one batch; nothing in the batch is changed.
+
+    Args:
+        batch: what to update.
+        rule: the hyperparameters.
+        foreach: use multi-tensor kernels.
+        buffers: holds the directions of large CPU tensors between calls, by parameter. Memory fresh from the system is
+            slower than the arithmetic there; accelerators have an allocator that keeps it.
 
     On the CPU large tensors are visited one by one in either case: multi-tensor kernels loop there as well, and keeping
     one denominator alive at a time instead of all of them halved the time at a million parameters.
@@ -80,10 +89,13 @@ def normalized_update(batch: Batch, rule: UpdateRule, *, foreach: bool) -> Updat
         unit = (gain / root) ** 2 if rule.denominator == "sqrt_abs" else gain**2 / root
         m, v = batch.grad_averages, batch.curvature_averages
     bound = None if rule.max_update is None else rule.max_update / gain
-    if foreach and m[0].is_cpu and sum(average.numel() for average in m) > _SMALL:
-        foreach = False
-    kernel = _foreach if foreach else _one_by_one
-    directions, along = kernel(m, v, eps, bound, rule)
+    large = m[0].is_cpu and sum(average.numel() for average in m) > _SMALL
+    if foreach and not large:
+        directions, along = _foreach(m, v, eps, bound, rule)
+    else:
+        reuse = buffers is not None and large and not torch.compiler.is_compiling()
+        out = _reserve(buffers, batch.params, m) if buffers is not None and reuse else None
+        directions, along = _one_by_one(m, v, eps, bound, rule, out)
     return Update(directions, gain, along * unit)
 
 
@@ -92,16 +104,30 @@ def _corrected(averages: list[Tensor], beta: float, counts: list[Tensor]) -> lis
     return [average / (1 - beta**count) for average, count in zip(averages, counts, strict=True)]
 
 
+def _reserve(buffers: dict[Tensor, Tensor], params: list[Tensor], likes: list[Tensor]) -> list[Tensor]:
+    for param, like in zip(params, likes, strict=True):
+        if param not in buffers or buffers[param].dtype != like.dtype or buffers[param].shape != like.shape:
+            buffers[param] = torch.empty_like(like)
+    return [buffers[param] for param in params]
+
+
 def _one_by_one(
-    averages: list[Tensor], curvatures: list[Tensor], eps: float, bound: float | None, rule: UpdateRule
+    averages: list[Tensor],
+    curvatures: list[Tensor],
+    eps: float,
+    bound: float | None,
+    rule: UpdateRule,
+    out: list[Tensor] | None,
 ) -> tuple[list[Tensor], float | Tensor]:
     rooted = rule.denominator != "abs"
     offset = as_operand(eps, averages[0])
     directions = []
     terms: list[Tensor] = []
-    for m, v in zip(averages, curvatures, strict=True):
-        d = v.sqrt().add_(offset) if rooted else v + offset
-        u = m / d
+    for index, (m, v) in enumerate(zip(averages, curvatures, strict=True)):
+        room = None if out is None else out[index]
+        first = None if rule.measure_curvature else room  # the denominator may be overwritten by the update
+        d = torch.sqrt(v, out=first).add_(offset) if rooted else torch.add(v, offset, out=first)
+        u = torch.div(m, d, out=room if rule.measure_curvature else d)
         if bound is not None:
             u.clamp_(-bound, bound)
         directions.append(u)
@@ -129,8 +155,3 @@ def _foreach(
     torch._foreach_mul_(d, u)
     torch._foreach_mul_(d, d if rule.denominator == "sqrt_abs" else u)
     return list(u), sum_of_scalars(torch._foreach_norm(d, 1))
-
-
-def inner_product(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of the products of all entries of two tensors of one shape and layout."""
-    return torch.dot(a.reshape(-1), b.reshape(-1))

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesscale_lightning.optim.curvature_average import as_host_number
-
 
 def trust_region_scale(delta: float, curvature_along: float | Tensor) -> float | Tensor:
     """The factor ``min(1, sqrt(2 delta / sum(D u^2)))`` that keeps ``sum(D u^2) / 2 <= delta``.

@@ -1,0 +1,303 @@
+"""Step-size scaling: a trust region from the Hessian diagonal around any optimizer."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, StateDict
+
+from hesscale_lightning.optim.adahesscale import AdaHesScale
+from hesscale_lightning.optim.curvature_average import Denominator, refresh_averages
+from hesscale_lightning.optim.diagonals import clear_diagonals, missing_diagonal_error, peek_diagonal, state_dtype
+from hesscale_lightning.optim.gradient_rescaling import GradientProbe, gradient_rescaling, place_probes
+from hesscale_lightning.optim.hyperparameters import check_denominator
+from hesscale_lightning.optim.tensor_lists import beside, inner_product, sum_of_scalars
+from hesscale_lightning.optim.trust_region import (
+    flatten_statistics,
+    mean_abs,
+    predicted_decrease,
+    trust_region_scale,
+)
+
+_STATE_KEY = "step_size_scaling"
+
+
+class _GroupStep(NamedTuple):
+    """What the latest step did to one param group; ``back`` holds old minus proposed parameters."""
+
+    params: list[Tensor]
+    back: list[Tensor]
+    scale: float | Tensor
+    curvature_along: float | Tensor
+    grad_scale: float | Tensor
+    maximize: bool
+
+
+class StepSizeScaling(Optimizer):
+    r"""Shorten an optimizer's step where the quadratic model says that it is too long.
+
+    The wrapped optimizer proposes a step :math:`u`. With :math:`D` the running average of curvature (see
+    ``denominator``), every param group takes
+
+    .. math::
+
+        \theta \leftarrow \theta + u \min\left(1, \sqrt{2\delta / \textstyle\sum_i D_i u_i^2}\right)
+
+    so that the second-order term of no group's step exceeds ``delta``, in units of the loss. Groups have their own
+    regions: put networks whose curvature differs, such as an actor and a critic, into groups of their own. A step
+    that fits is left as it is, bit for bit.
+
+    It is an optimizer itself, to be passed to learning-rate schedulers, a ``GradScaler`` or Lightning in place of the
+    wrapped one, with which it shares ``param_groups`` and ``state``. Its ``state_dict`` is the wrapped optimizer's with
+    one more entry, so either can load the other's checkpoint. Weight decay counts as part of the step.
+
+    Args:
+        optimizer: the optimizer to wrap. Not LBFGS, which moves several times within a step, and not
+            :class:`AdaHesScale`, which has ``delta`` itself.
+        delta: radius of the trust region (default: 1e-4). A group's own radius is its ``scaling_delta``.
+        beta: decay rate of the curvature average, which counts only steps with a new diagonal (default: 0.999).
+        denominator: how the average is formed, "rms" (root of the average square) or "abs" (average absolute value)
+            (default: "rms").
+        follow_grad_scale: multiply a diagonal by the factor by which the gradients were multiplied since backward; see
+            :class:`AdaHesScale` (default: True).
+
+    Raises:
+        TypeError: if ``optimizer`` cannot be wrapped.
+        ValueError: if a hyperparameter is out of its range.
+        RuntimeError: in ``step``, if a parameter has a gradient and has never had a diagonal.
+
+    Example:
+        >>> import torch
+        >>> from hesscale_lightning.optim import StepSizeScaling
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> optimizer = StepSizeScaling(torch.optim.SGD([weight], lr=100.0), delta=0.5)
+        >>> loss = (2 * weight**2).sum()
+        >>> loss.backward()  # with hesscale_lightning.attach(loss) before it, the next line is not needed
+        >>> weight.hess_diag = torch.tensor([4.0])
+        >>> optimizer.step()
+        >>> print(f"{weight.item():.2f}, {optimizer.stats['scale'].item():.5f}")
+        0.50, 0.00125
+
+    The use of HesScale for step-size scaling is from Elsayed, Farrahi, Dangel, Mahmood, `Revisiting Scalable Hessian
+    Diagonal Approximations for Applications in Reinforcement Learning <https://arxiv.org/abs/2406.03276>`_, ICML 2024.
+    """
+
+    optimizer: Optimizer
+    delta: float
+    beta: float
+    denominator: str
+    follow_grad_scale: bool
+    curvature: dict[Tensor, dict[str, Tensor]]
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        delta: float = 1e-4,
+        *,
+        beta: float = 0.999,
+        denominator: Denominator = "rms",
+        follow_grad_scale: bool = True,
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if isinstance(optimizer, AdaHesScale):
+            raise TypeError("AdaHesScale has a trust region of its own: pass delta to it instead of wrapping it")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError("LBFGS moves the parameters several times in one step, which cannot be scaled as one step")
+        if not delta > 0:
+            raise ValueError(f"delta must be > 0, got {delta}")
+        if not 0 <= beta < 1:
+            raise ValueError(f"beta must be in [0, 1), got {beta}")
+        check_denominator(denominator)
+        # Not Optimizer.__init__, which would make param groups of its own: this object is a view of another's.
+        self.__setstate__(
+            {
+                "optimizer": optimizer,
+                "delta": delta,
+                "beta": beta,
+                "denominator": denominator,
+                "follow_grad_scale": follow_grad_scale,
+                "curvature": {},
+            }
+        )
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The wrapped optimizer's defaults."""
+        return self.optimizer.defaults
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The wrapped optimizer's param groups, the very objects."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The wrapped optimizer's state. The curvature averages are in ``curvature``, by parameter."""
+        return self.optimizer.state
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("optimizer", "delta", "beta", "denominator", "follow_grad_scale", "curvature")
+        return {name: self.__dict__[name] for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)  # first, because param_groups and defaults look into the wrapped optimizer
+        super().__setstate__(state)
+        # Hooks registered here on the state dict belong to the state dict that is written.
+        for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
+            name = f"_optimizer_{kind}_hooks"
+            setattr(self, name, getattr(self.optimizer, name))
+        self._buffers: dict[Tensor, Tensor] = {}
+        self._reset_groups()
+
+    def _reset_groups(self) -> None:
+        self._latest: list[_GroupStep] = []
+        self._probes: list[list[GradientProbe]] = []
+        for group in self.param_groups:
+            group.setdefault("scaling_delta", self.delta)
+            self._probes.append(place_probes(group["params"]))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group to the wrapped optimizer; it may set its own ``scaling_delta``."""
+        self.optimizer.add_param_group(param_group)
+        self._reset_groups()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients and drop the diagonals of all optimized parameters."""
+        self.optimizer.zero_grad(set_to_none)
+        clear_diagonals(self.param_groups)
+
+    def record_gradients(self) -> None:
+        """Declare that gradients and diagonals, as they are now, belong to the same loss.
+
+        See :meth:`AdaHesScale.record_gradients`.
+        """
+        for probes in self._probes:
+            for probe in probes:
+                probe.note()
+
+    def state_dict(self) -> StateDict:
+        """The wrapped optimizer's state dict with the curvature averages as entry ``step_size_scaling``."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        averages = {index: dict(self.curvature[p]) for index, p in enumerate(params) if p in self.curvature}
+        return {**self.optimizer.state_dict(), _STATE_KEY: averages}
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load a state dict of this class, or one of the wrapped optimizer, with which the averages start anew."""
+        self.optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != _STATE_KEY})
+        params = [param for group in self.param_groups for param in group["params"]]
+        self.curvature.clear()
+        for index, saved in state_dict.get(_STATE_KEY, {}).items():
+            param = params[index]
+            self.curvature[param] = {
+                "hess_step": saved["hess_step"].detach().clone(),
+                "exp_avg_hess": saved["exp_avg_hess"].detach().to(param.device, state_dtype(param), copy=True),
+            }
+        self._reset_groups()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Let the wrapped optimizer step, then pull the parameters back into the trust region.
+
+        Args:
+            closure: reevaluates the model, calls backward with curvature attached, and returns the loss; evaluated
+            once.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        moving = [self._gather(index) for index in range(len(self.param_groups))]
+        grad_scales = [gradient_rescaling(probes) for probes in self._probes]
+        for params in moving:
+            for param in params:
+                if param not in self._buffers:
+                    self._buffers[param] = torch.empty_like(param, dtype=state_dtype(param))
+                self._buffers[param].copy_(param)
+        self.optimizer.step()
+        self._latest = [
+            self._scale_group(group, params, grad_scale if self.follow_grad_scale else 1.0)
+            for group, params, grad_scale in zip(self.param_groups, moving, grad_scales, strict=True)
+        ]
+        return loss
+
+    def _gather(self, group_index: int) -> list[Tensor]:
+        """The parameters of one group that will move, each with a diagonal or an average; nothing changes."""
+        group = self.param_groups[group_index]
+        moving = []
+        for index, param in enumerate(group["params"]):
+            if param.grad is None:
+                continue
+            if peek_diagonal(param) is None and param not in self.curvature:
+                raise missing_diagonal_error("StepSizeScaling", group_index, index, group)
+            moving.append(param)
+        return moving
+
+    def _scale_group(self, group: dict[str, Any], params: list[Tensor], grad_scale: float | Tensor) -> _GroupStep:
+        back = [self._buffers[param].sub_(param) for param in params]
+        self._refresh(params, grad_scale)
+        terms = [self._curvature_along(param, step) for param, step in zip(params, back, strict=True)]
+        along = sum_of_scalars([term.to(terms[0].device) for term in terms])
+        scale = trust_region_scale(group["scaling_delta"], along)
+        if isinstance(scale, Tensor) or scale < 1:
+            for param, step in zip(params, back, strict=True):
+                # new + (1 - s) (old - new), which is exactly new where s = 1
+                param.add_(step * (1 - beside(scale, param)))
+        return _GroupStep(params, back, scale, along, grad_scale, bool(group.get("maximize", False)))
+
+    def _refresh(self, params: list[Tensor], grad_scale: float | Tensor) -> None:
+        for param in params:
+            diagonal = peek_diagonal(param)
+            if diagonal is None:
+                continue
+            if param not in self.curvature:
+                average = torch.zeros_like(param, dtype=state_dtype(param), memory_format=torch.preserve_format)
+                self.curvature[param] = {"hess_step": torch.zeros(()), "exp_avg_hess": average}
+            state = self.curvature[param]
+            state["hess_step"] += 1
+            refresh_averages(
+                [state["exp_avg_hess"]],
+                [diagonal],
+                self.beta,
+                self.denominator,
+                beside(grad_scale, param),
+                foreach=False,
+            )
+            param.hess_diag = None  # type: ignore[attr-defined]
+
+    def _curvature_along(self, param: Tensor, step: Tensor) -> Tensor:
+        """``sum D u^2`` of one parameter."""
+        state = self.curvature[param]
+        correction = 1 - self.beta ** state["hess_step"].item()
+        if self.denominator == "rms":
+            curvature, unit = state["exp_avg_hess"].sqrt(), correction**0.5
+        else:
+            curvature, unit = state["exp_avg_hess"], correction
+        return inner_product(curvature * step, step) / float(unit)
+
+    @property
+    def stats(self) -> dict[str, Tensor]:
+        """Scalar tensors that describe the latest step, named as in :attr:`AdaHesScale.stats`."""
+        return flatten_statistics([_describe(latest) for latest in self._latest])
+
+
+@torch.no_grad()
+def _describe(latest: _GroupStep) -> dict[str, Any]:
+    statistics: dict[str, Any] = {"scale": latest.scale, "grad_scale": latest.grad_scale}
+    if latest.params:
+        steps = [step * -latest.scale for step in latest.back]
+        statistics["mean_abs_update"] = mean_abs(steps)
+        along = latest.curvature_along * latest.scale * latest.scale
+        sign = -1 if latest.maximize else 1
+        grads = [None if param.grad is None else param.grad * sign for param in latest.params]
+        decrease = predicted_decrease(grads, steps, along)
+        if decrease is not None:
+            statistics["predicted_decrease"] = decrease
+    return statistics

@@ -1,0 +1,65 @@
+"""Small operations on scalars and lists of tensors that avoid both host synchronisation and needless overhead."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def as_operand(value: float, like: Tensor) -> Any:
+    """A number in the form that multi-tensor kernels take fastest: on the CPU they would wrap it once per tensor."""
+    return torch.tensor(value, dtype=like.dtype) if like.is_cpu and not torch.compiler.is_compiling() else value
+
+
+def as_host_number(scalar: Tensor) -> float | Tensor:
+    """A scalar tensor as a float where reading it costs nothing (CPU, eager mode), else itself."""
+    return float(scalar.item()) if scalar.is_cpu and not torch.compiler.is_compiling() else scalar
+
+
+def sum_of_scalars(scalars: list[Tensor] | tuple[Tensor, ...]) -> float | Tensor:
+    """The sum of scalar tensors of one device, by the same rule: a float on the CPU, else a scalar tensor."""
+    if not scalars:
+        return 0.0
+    if scalars[0].is_cpu and not torch.compiler.is_compiling():
+        return float(sum(scalar.item() for scalar in scalars))
+    return torch.stack(list(scalars)).sum()
+
+
+def inner_product(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of the products of all entries of two tensors of one shape and layout."""
+    return torch.dot(a.reshape(-1), b.reshape(-1))
+
+
+def beside(value: float | Tensor, other: float | Tensor) -> float | Tensor:
+    """A scalar, moved to the device of another tensor if both are tensors."""
+    return value.to(other.device) if isinstance(value, Tensor) and isinstance(other, Tensor) else value
+
+
+def add_one(counts: list[Tensor]) -> None:
+    """Increment scalar counters in place."""
+    if counts and counts[0].is_cpu and not torch.compiler.is_compiling():
+        torch._foreach_add_(counts, torch.ones(()), alpha=1.0)  # wraps the number once instead of once per tensor
+    elif counts:
+        torch._foreach_add_(counts, 1.0)
+
+
+def multiply(tensors: list[Tensor], factor: float | Tensor, *, foreach: bool) -> None:
+    """Multiply all tensors by one factor, in place."""
+    operand: Any = beside(factor, tensors[0])
+    if foreach:
+        torch._foreach_mul_(tensors, operand)
+    else:
+        for tensor in tensors:
+            tensor.mul_(operand)
+
+
+def subtract(tensors: list[Tensor], directions: list[Tensor], size: float | Tensor, *, foreach: bool) -> None:
+    """``tensors -= size * directions``, in place; overwrites the directions if the size is a tensor."""
+    if isinstance(size, Tensor):
+        multiply(directions, size, foreach=foreach)
+        size = 1.0
+    if foreach:
+        torch._foreach_add_(tensors, directions, alpha=-size)
+    else:
+        for tensor, direction in zip(tensors, directions, strict=True):
+            tensor.add_(direction, alpha=-size)
