@@ -259,7 +259,8 @@ class AdaHesScale(Optimizer):
 
     def _update_group(self, group: dict[str, Any], probes: list[GradientProbe], found: _Gathered) -> _GroupStep:
         rescaling = gradient_rescaling(probes)
-        grad_scale = rescaling if group["follow_grad_scale"] else 1.0
+        refreshing = any(diagonal is not None for _, _, diagonal in found)
+        grad_scale = rescaling if refreshing and group["follow_grad_scale"] else 1.0
         beta1, beta2 = group["betas"]
         delta = group["delta"]
         rule = UpdateRule(beta1, beta2, group["eps"], group["denominator"], group["max_update"], delta is not None)

@@ -12,6 +12,7 @@ clamp and one factor: ``u = gain * clamp(m / (root(v) + eps c), max_update / gai
 ``gain = c / b1``, which saves two passes over memory.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -101,7 +102,10 @@ def normalized_update(
 
 def _corrected(averages: list[Tensor], beta: float, counts: list[Tensor]) -> list[Tensor]:
     """Bias-corrected averages, with counts that stay on the device."""
-    return [average / (1 - beta**count) for average, count in zip(averages, counts, strict=True)]
+    if beta == 0:
+        return averages
+    # expm1, because 1 - beta^n in float32 would lose four digits for n = 1 and beta = 0.999
+    return [average / -torch.expm1(count * math.log(beta)) for average, count in zip(averages, counts, strict=True)]
 
 
 def _reserve(buffers: dict[Tensor, Tensor], params: list[Tensor], likes: list[Tensor]) -> list[Tensor]:
