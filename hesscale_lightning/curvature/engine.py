@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from hesscale_lightning.curvature.graph import AccumulateGrad, Node, Trace, trace
+from hesscale_lightning.curvature.elementwise import Composite, composite_formula, find_composite
+from hesscale_lightning.curvature.graph import AccumulateGrad, Edge, Node, Trace, trace
 from hesscale_lightning.curvature.precision import HALF
 from hesscale_lightning.curvature.registry import Formula, Operation, Rule, find_rule, no_rule
 
@@ -134,7 +135,12 @@ class Attachment:
                 raise
             if transposed is not None:
                 results = [r.t() if t and r is not None else r for r, t in zip(results, transposed, strict=True)]
-            for cell, result in zip(targets, results):  # noqa: B905 (a few steps per microsecond count here)
+            if len(results) != len(targets):
+                raise RuntimeError(
+                    f"the rule for {name} returned {len(results)} curvatures for {len(targets)} inputs; it must return one "
+                    "(or None) for each entry of node.next_functions"
+                )
+            for cell, result in zip(targets, results):  # noqa: B905 (checked above, and strict costs more)
                 if cell >= 0 and result is not None:
                     earlier = cells[cell]
                     cells[cell] = result if earlier is None else earlier + result
@@ -390,6 +396,7 @@ def _prepare(
                 raise no_rule(root, node)
             rules.append(rule)
     inside = _inside_network(found, rules) if method == "hesscale_gn" else None
+    joined = _Joined(found, rules, inside, inner)
     beyond: dict[_Output, int] = {}  # cells of outputs after the first
     hooked: list[tuple[Node, int, bool]] = []
     single_file = True  # whether all of backward has passed through one node at a time so far
@@ -400,40 +407,49 @@ def _prepare(
                 variable = node.variable
                 if variable.is_complex():
                     raise TypeError(f"complex parameters are not supported, got one of dtype {variable.dtype}")
+                sinks.append((i, node, variable))
+            if rule is None or last - i in joined.members:
                 steps.append(None)
                 gradients.append(None)
-                sinks.append((i, node, variable))
                 continue
+            inputs = edges[node]
+            needs = [index[child] >= 0 for child, _, _ in inputs]
+            composite = joined.ending_in(last - i) if rule.partials is not None and needs.count(True) > 1 else None
+            if composite is not None:
+                curved = True
+                formula, inputs = joined.formula(composite, method)
+            elif i == 0 and not rule.curved:
+                curved, formula = False, _unused  # no curvature arrives at the root, and none is made there
+            else:
+                operation = Operation(node, needs, [flip for _, _, flip in inputs], method, rule.curved)
+                formula = rule.build(operation)
+                curved = operation.curved
+                inputs = [
+                    (child, output, flip) for (child, output, _), flip in zip(inputs, operation.transposed, strict=True)
+                ]
             targets: list[int] = []
-            needs: list[bool] = []
-            transposed: list[bool] = []
-            for child, output, flip in edges[node]:
+            turned: list[bool] | None = None
+            for child, output, flip in inputs:
                 position = index[child]
-                needs.append(position >= 0)
-                transposed.append(flip)
                 if position < 0 or output == 0:
                     targets.append(last - position if position >= 0 else -1)
                 else:
                     targets.append(beyond.setdefault((child, output), last + 1 + len(beyond)))
+                if flip and turned is None:
+                    turned = [flip for _, _, flip in inputs]
             outputs = None
             if rule.multi_output:
                 count = len(node._input_metadata)
                 outputs = [i, *(beyond.setdefault((node, k), last + 1 + len(beyond)) for k in range(1, count))]
             elif beyond and any(owner is node for owner, _ in beyond):
                 raise no_rule(root, node, "its rule covers the first output only, and another output is used here")
-            if not rule.curved and i == 0:  # no curvature arrives at the root, and none is made there
-                steps.append(None)
-                gradients.append(None)
+            steps.append((formula, curved, targets, turned, outputs, rule.name))
+            if curved and (inside is None or not inside[i]):
+                gradients.append(_AWAITED)
+                hooked.append((node, i, single_file and not hooked))
             else:
-                operation = Operation(node, edges[node], needs, transposed, method)
-                formula = rule.build(operation)
-                steps.append((formula, rule.curved, targets, transposed if True in transposed else None, outputs, rule.name))
-                if rule.curved and (inside is None or not inside[i]):
-                    gradients.append(_AWAITED)
-                    hooked.append((node, i, single_file and not hooked))
-                else:
-                    gradients.append(None)
-            if single_file and needs.count(True) > 1:
+                gradients.append(None)
+            if single_file and sum([cell >= 0 for cell in targets]) > 1:
                 single_file = False
                 if not hooked:
                     hooked.append((root, -1, True))
@@ -454,6 +470,62 @@ def _prepare(
             sinks.append((cell, node, tensor))
     attachment._cells.extend([None] * (last + 1 + len(beyond)))
     return hooked
+
+
+def _unused(*_: Any) -> tuple[()]:
+    return ()
+
+
+class _Joined:
+    """The elementwise operations of a graph that are carried together; see :mod:`.elementwise`."""
+
+    def __init__(
+        self, found: Trace, rules: list[Rule | None], inside: list[bool] | None, inner: dict[_Output, Tensor]
+    ) -> None:
+        self._found = found
+        self._rules = rules
+        self._inside = inside
+        self._wanted = {node for node, _ in inner}
+        self._consumers: dict[int, list[int]] | None = None
+        self.members: set[int] = set()  # positions of the nodes inside a composite, without its last
+
+    def ending_in(self, position: int) -> Composite | None:
+        nodes, index, edges = self._found.nodes, self._found.index, self._found.edges
+        last = len(nodes) - 1
+
+        def joins(below: int) -> bool:
+            rule, node = self._rules[last - below], nodes[below]
+            if rule is None or rule.partials is None or node in self._wanted:
+                return False
+            # Gauss-Newton keeps or drops the second derivative of a composite as a whole.
+            return self._inside is None or self._inside[last - below] == self._inside[last - position]
+
+        inputs = [edge for edge in edges[nodes[position]] if index[edge[0]] >= 0]
+        if len(set(inputs)) == len(inputs) and not any([joins(index[child]) for child, _, _ in inputs]):
+            return None
+        if self._consumers is None:
+            self._consumers = {k: [] for k in range(len(nodes))}
+            for k, node in enumerate(nodes):
+                for child, _, _ in edges.get(node, ()):  # a leaf has none
+                    if index[child] >= 0:
+                        self._consumers[index[child]].append(k)
+        composite = find_composite(self._found, position, joins, self._consumers)
+        if composite is not None:
+            self.members.update(composite.members[:-1])
+        return composite
+
+    def formula(self, composite: Composite, method: str) -> tuple[Formula, list[Edge]]:
+        found = self._found
+        operations, partials = [], []
+        for member in composite.members:
+            node = found.nodes[member]
+            rule = self._rules[len(self._rules) - 1 - member]
+            assert rule is not None and rule.partials is not None
+            needs = [found.index[child] >= 0 for child, _, _ in found.edges[node]]
+            flips = [flip for _, _, flip in found.edges[node]]
+            operations.append(Operation(node, needs, flips, method, True))
+            partials.append(rule.partials)
+        return composite_formula(composite, found, operations, partials), composite.sources
 
 
 def _inside_network(found: Trace, rules: list[Rule | None]) -> list[bool]:

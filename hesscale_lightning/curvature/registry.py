@@ -13,18 +13,22 @@ Built-in rules and users' rules are registered by the same function and treated 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hesscale_lightning.curvature.graph import AccumulateGrad, Edge, Node, path
+from hesscale_lightning.curvature.graph import AccumulateGrad, Node, path
 
 #: Curvature of each input, in the order of ``node.next_functions``; None stands for exactly zero.
 Diagonals = Sequence[Tensor | None]
 Formula = Callable[..., Diagonals]
+
+#: First derivatives by each input (None: not known, because that input needs none) and second derivatives by pairs.
+Partials = tuple[Sequence[Any], Mapping[tuple[int, int], Any]]
+PartialsRule = Callable[["Operation"], Callable[[bool], Partials]]
 
 
 class UnsupportedOperationError(NotImplementedError):
@@ -41,13 +45,15 @@ class Operation:
             returns the curvature of that tensor directly says so by setting its entry to False; for other rules the
             engine transposes.
         method: ``"hesscale"``, ``"hesscale_gn"`` or ``"bl89"``.
+        curved: Whether the formula takes the gradient, as registered; a rule may set it to False for a use that has no
+            second derivative, which spares a hook. Its formula is then called as ``formula(h)``.
     """
 
-    __slots__ = ("edges", "method", "needs", "node", "transposed")
+    __slots__ = ("curved", "method", "needs", "node", "transposed")
 
-    def __init__(self, node: Node, edges: list[Edge], needs: list[bool], transposed: list[bool], method: str) -> None:
+    def __init__(self, node: Node, needs: list[bool], transposed: list[bool], method: str, curved: bool) -> None:
         self.node = node
-        self.edges = edges
+        self.curved = curved
         self.needs = needs
         self.transposed = transposed
         self.method = method
@@ -84,6 +90,7 @@ class Rule:
     curved: bool
     multi_output: bool
     view: bool
+    partials: PartialsRule | None
 
 
 _rules: dict[str, Rule] = {}
@@ -91,7 +98,11 @@ _rule_of_type: dict[type, Rule] = {}  # generated nodes have a Python type each,
 
 
 def register_rule(
-    *names: str, curved: bool = False, multi_output: bool = False, view: bool = False
+    *names: str,
+    curved: bool = False,
+    multi_output: bool = False,
+    view: bool = False,
+    partials: PartialsRule | None = None,
 ) -> Callable[[Callable[[Operation], Formula]], Callable[[Operation], Formula]]:
     """Registers how curvature passes an operation, by the name of its autograd node.
 
@@ -114,6 +125,8 @@ def register_rule(
             None) for each.
         view: The operation only rearranges or casts one tensor. A parameter stays a parameter behind it, which decides
             where Gauss-Newton stops keeping second derivatives.
+        partials: For an elementwise operation its derivatives, so that the engine can join it with its neighbours where
+            paths meet; see ``hesscale_lightning.curvature.elementwise``, which registers such operations by these alone.
 
     Example:
         >>> import torch
@@ -129,7 +142,7 @@ def register_rule(
         >>> @register_rule("ScaleBackward")
         ... def scale(operation):
         ...     factor = operation.node.factor
-        ...     return lambda h: (h * factor**2, None)
+        ...     return lambda h: (h * factor**2,)  # one entry for each tensor that the function takes
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
         >>> backward(Scale.apply(w, 3.0).square().sum())
         >>> w.hess_diag
@@ -138,7 +151,7 @@ def register_rule(
 
     def register(build: Callable[[Operation], Formula]) -> Callable[[Operation], Formula]:
         for name in names:
-            _rules[name] = Rule(name, build, curved, multi_output, view)
+            _rules[name] = Rule(name, build, curved, multi_output, view, partials)
         _rule_of_type.clear()
         return build
 

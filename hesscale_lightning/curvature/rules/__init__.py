@@ -1,1 +1,1 @@
-from hesscale_lightning.curvature.rules import linear, tmp
+from hesscale_lightning.curvature.rules import arithmetic, linear, losses, normalization, pointwise, reduction, softmax

@@ -6,6 +6,7 @@ derivative in one operand.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, register_rule
@@ -60,3 +61,104 @@ def addmm(op: Operation) -> Formula:
     return formula
 
 
+@register_rule("BmmBackward0")
+def bmm(op: Operation) -> Formula:
+    a, b = op.node._saved_self, op.node._saved_mat2
+    need_a, need_b = op.needs
+    return lambda h: (
+        h.bmm(squared(b).mT) if need_a else None,
+        squared(a).mT.bmm(h) if need_b else None,
+    )
+
+
+@register_rule("BaddbmmBackward0")
+def baddbmm(op: Operation) -> Formula:
+    """``Y = beta C + alpha A B``."""
+    a, b = op.node._saved_batch1, op.node._saved_batch2
+    alpha, beta = op.node._saved_alpha, op.node._saved_beta
+    need_c, need_a, need_b = op.needs
+    shape = op.input_shape(0) if need_c else None
+
+    def formula(h: Tensor) -> Diagonals:
+        scaled = h * alpha**2
+        return (
+            h.sum_to_size(shape) * beta**2 if need_c else None,
+            scaled.bmm(squared(b).mT) if need_a else None,
+            squared(a).mT.bmm(scaled) if need_b else None,
+        )
+
+    return formula
+
+
+@register_rule("AddbmmBackward0")
+def addbmm(op: Operation) -> Formula:
+    """``Y = beta C + alpha sum_k A_k B_k``."""
+    a, b = op.node._saved_batch1, op.node._saved_batch2
+    alpha, beta = op.node._saved_alpha, op.node._saved_beta
+    need_c, need_a, need_b = op.needs
+    shape = op.input_shape(0) if need_c else None
+
+    def formula(h: Tensor) -> Diagonals:
+        scaled = (h * alpha**2).unsqueeze(0)
+        return (
+            h.sum_to_size(shape) * beta**2 if need_c else None,
+            scaled.matmul(squared(b).mT) if need_a else None,
+            squared(a).mT.matmul(scaled) if need_b else None,
+        )
+
+    return formula
+
+
+@register_rule("MvBackward0")
+def mv(op: Operation) -> Formula:
+    a, x = op.node._saved_self, op.node._saved_vec
+    need_a, need_x = op.needs
+    return lambda h: (
+        torch.outer(h, squared(x)) if need_a else None,
+        squared(a).t().mv(h) if need_x else None,
+    )
+
+
+@register_rule("AddmvBackward0")
+def addmv(op: Operation) -> Formula:
+    """``y = beta c + alpha A x``."""
+    a, x = op.node._saved_mat, op.node._saved_vec
+    alpha, beta = op.node._saved_alpha, op.node._saved_beta
+    need_c, need_a, need_x = op.needs
+    shape = op.input_shape(0) if need_c else None
+
+    def formula(h: Tensor) -> Diagonals:
+        scaled = h * alpha**2
+        return (
+            h.sum_to_size(shape) * beta**2 if need_c else None,
+            torch.outer(scaled, squared(x)) if need_a else None,
+            squared(a).t().mv(scaled) if need_x else None,
+        )
+
+    return formula
+
+
+@register_rule("AddrBackward0")
+def addr(op: Operation) -> Formula:
+    """``Y = beta C + alpha a b^T``."""
+    a, b = op.node._saved_vec1, op.node._saved_vec2
+    alpha, beta = op.node._saved_alpha, op.node._saved_beta
+    need_c, need_a, need_b = op.needs
+    shape = op.input_shape(0) if need_c else None
+
+    def formula(h: Tensor) -> Diagonals:
+        scaled = h * alpha**2
+        return (
+            h.sum_to_size(shape) * beta**2 if need_c else None,
+            scaled.mv(squared(b)) if need_a else None,
+            scaled.t().mv(squared(a)) if need_b else None,
+        )
+
+    return formula
+
+
+@register_rule("DotBackward0")
+def dot(op: Operation) -> Formula:
+    a, b = op.node._saved_self, op.node._saved_tensor
+    need_a, need_b = op.needs
+    return lambda h: (squared(b) * h if need_a else None, squared(a) * h if need_b else None)

@@ -1,0 +1,214 @@
+"""Elementwise operations: one description of their derivatives, used alone or joined with their neighbours.
+
+An elementwise operation ``y = f(x_1, ..., x_n)`` (with broadcasting) is described by its *partials*, the first and second
+derivatives by its inputs. Alone, its rule is ``h_i = f_i^2 h + f_ii g``, summed to the input's shape.
+
+Where paths from one tensor meet again in such an operation, as in ``x * sigmoid(x)``, carrying curvature down each path
+loses the cross terms. So the engine joins the elementwise operations between the meeting point and the tensors from which
+the paths start into one *composite*, which is again elementwise, and carries the first two derivatives of the composite
+from each of these sources forward through it: ``F' = sum_i f_i u_i'`` and ``F'' = sum_i f_i u_i'' + sum_ij f_ij u_i' u_j'``.
+The rule for the composite, ``h_x = F'^2 h + F'' g``, is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hesscale_lightning.curvature.graph import Edge, Node, Trace
+from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, Partials, PartialsRule, register_rule
+
+Factor = Tensor | float
+
+
+def elementwise(
+    *names: str, curved: bool = True, formula: Callable[[Operation], Formula] | None = None
+) -> Callable[[PartialsRule], PartialsRule]:
+    """Registers an elementwise operation by its partials.
+
+    The decorated function receives an :class:`Operation` at attach time and returns a function of one flag, whether second
+    derivatives are wanted, that returns ``(first, second)``: the derivative by each input, and those by pairs of inputs
+    ``{(i, j): f_ij}`` with ``i <= j``; a pair left out is zero.
+
+    Args:
+        names: Names of autograd nodes.
+        curved: Whether any input's own second derivative ``f_ii`` can differ from zero.
+        formula: A faster rule for the operation standing alone, where one is worth having.
+    """
+
+    def register(partials: PartialsRule) -> PartialsRule:
+        build = formula or (lambda op: _alone(op, partials))
+        register_rule(*names, curved=curved, partials=partials)(build)
+        return partials
+
+    return register
+
+
+def _alone(op: Operation, partials_rule: PartialsRule) -> Formula:
+    partials = partials_rule(op)
+    inputs = [i for i, need in enumerate(op.needs) if need]
+    count = len(op.needs)
+    fits = {i: _fit(op, i) for i in inputs} if count > 1 else None
+
+    def curve(g: Tensor | None, h: Tensor | None) -> Diagonals:
+        first, second = partials(g is not None)
+        results: list[Tensor | None] = [None] * count
+        for i in inputs:
+            result = _rule(first[i], second.get((i, i)), g, h)
+            results[i] = result if fits is None or result is None else fits[i](result)
+        return results
+
+    return curve if op.curved else lambda h: curve(None, h)
+
+
+def _rule(first: Factor | None, second: Factor | None, g: Tensor | None, h: Tensor | None) -> Tensor | None:
+    """``first^2 h + second g``."""
+    result = None
+    if h is not None and first is not None:
+        if not isinstance(first, Tensor):
+            result = h * (first * first)
+        elif first.dtype is torch.bool:
+            result = h.where(first, 0.0)
+        else:
+            result = (h * first).mul_(first)
+    if g is not None and second is not None:
+        term = g * second
+        result = term if result is None else result.add_(term)
+    return result
+
+
+def _fit(op: Operation, i: int) -> Callable[[Tensor], Tensor]:
+    """Brings a curvature of the output's shape and dtype to those of input ``i``."""
+    shape = op.input_shape(i)
+    dtype, _ = op.input_meta(i)
+    if dtype in (torch.float16, torch.bfloat16):
+        dtype = torch.float32
+    return lambda x: (x if x.shape == shape else x.sum_to_size(shape)).to(dtype)
+
+
+class Composite(NamedTuple):
+    """Elementwise operations joined into one.
+
+    Attributes:
+        members: Positions of their nodes in the trace, inputs before outputs; the last is the meeting point.
+        sources: Where the paths start: edges into nodes outside.
+    """
+
+    members: list[int]
+    sources: list[Edge]
+
+
+def find_composite(
+    found: Trace, position: int, joins: Callable[[int], bool], consumers: Mapping[int, Sequence[int]]
+) -> Composite | None:
+    """The composite that ends in the node at ``position``, if paths from one tensor meet in it.
+
+    An operation is taken in when it is elementwise and everything that uses its result is already in.
+
+    Args:
+        found: The traced graph.
+        position: Position of the meeting point in ``found.nodes``.
+        joins: Whether the node at a position is elementwise and may be taken in.
+        consumers: For each position, the positions of the nodes that use it, one entry for each use.
+    """
+    nodes, index, edges = found.nodes, found.index, found.edges
+    members = {position}
+    candidates = [position]
+    while candidates:
+        # The highest position first: all that uses it has been decided by then.
+        current = max(candidates)
+        candidates.remove(current)
+        if current != position:
+            if not joins(current) or not all(user in members for user in consumers[current]):
+                continue
+            if any(
+                child is nodes[current] and (transposed or output)
+                for user in consumers[current]
+                for child, output, transposed in edges[nodes[user]]
+            ):
+                continue
+            members.add(current)
+        for child, _, _ in edges.get(nodes[current], ()):
+            if index[child] >= 0 and index[child] not in candidates and index[child] not in members:
+                candidates.append(index[child])
+    uses: dict[Edge, int] = {}
+    for member in members:
+        for edge in edges[nodes[member]]:
+            if index[edge[0]] >= 0 and index[edge[0]] not in members:
+                uses[edge] = uses.get(edge, 0) + 1
+    if all(count == 1 for count in uses.values()):
+        return None
+    return Composite(sorted(members), list(uses))
+
+
+def composite_formula(composite: Composite, found: Trace, operations: Sequence[Operation], rules: Sequence[PartialsRule]) -> Formula:
+    """The formula of a composite; its results are in the order of ``composite.sources``.
+
+    Args:
+        composite: What to join.
+        found: The traced graph.
+        operations: The members' operations, in the order of ``composite.members``.
+        rules: The members' partials.
+    """
+    all_partials = [rule(op) for rule, op in zip(rules, operations, strict=True)]
+    place = {found.nodes[member]: k for k, member in enumerate(composite.members)}
+    wiring: list[list[tuple[Node, int, bool] | int]] = [
+        [place[edge[0]] if edge[0] in place else edge for edge in found.edges[found.nodes[member]]]
+        for member in composite.members
+    ]
+    fits = []
+    for source in composite.sources:
+        k, i = next((k, i) for k, inputs in enumerate(wiring) for i, entry in enumerate(inputs) if entry == source)
+        fits.append(_fit(operations[k], i))
+
+    def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
+        partials = [member(g is not None) for member in all_partials]
+        results = []
+        for source, fit in zip(composite.sources, fits, strict=True):
+            derivatives: list[tuple[Factor | None, Factor | None]] = []
+            for (first, second), inputs in zip(partials, wiring, strict=True):
+                below: list[tuple[Factor | None, Factor | None]] = [
+                    derivatives[entry] if isinstance(entry, int) else (1.0, None) if entry == source else (None, None)
+                    for entry in inputs
+                ]
+                derivatives.append(_chain(first, second, below))
+            result = _rule(*derivatives[-1], g, h)
+            results.append(None if result is None else fit(result))
+        return results
+
+    return formula
+
+
+def _chain(
+    first: Sequence[Factor | None],
+    second: Mapping[tuple[int, int], Factor],
+    inputs: Sequence[tuple[Factor | None, Factor | None]],
+) -> tuple[Factor | None, Factor | None]:
+    """First and second derivative of an operation by a source, from its partials and its inputs' derivatives."""
+    once: Factor | None = None
+    twice: Factor | None = None
+    for f, (u, v) in zip(first, inputs, strict=False):
+        once = _plus(once, _times(f, u))
+        twice = _plus(twice, _times(f, v))
+    for (i, j), f_ij in second.items():
+        term = _times(f_ij, _times(inputs[i][0], inputs[j][0]))
+        twice = _plus(twice, term if i == j else _times(2.0, term))
+    return once, twice
+
+
+def _times(a: Factor | None, b: Factor | None) -> Factor | None:
+    if a is None or b is None:
+        return None
+    if isinstance(a, float) and a == 1.0:
+        return b
+    return a if isinstance(b, float) and b == 1.0 else a * b
+
+
+def _plus(a: Factor | None, b: Factor | None) -> Factor | None:
+    return b if a is None else a if b is None else a + b
+
+
+__all__ = ["Composite", "Partials", "composite_formula", "elementwise", "find_composite"]

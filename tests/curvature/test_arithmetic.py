@@ -1,0 +1,68 @@
+"""Elementwise functions of several tensors against dense derivatives, and paths that meet again in one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.curvature.oracle import Case, check
+
+AB = [(3, 4), (3, 4)]
+CASES = [
+    Case("add", torch.add, AB, ["AddBackward0"]),
+    Case("add broadcast", torch.add, [(3, 4), (4,)], ["AddBackward0"]),
+    Case("add alpha", lambda a, b: torch.add(a, b, alpha=-0.5), [(3, 1), (2, 3, 4)], ["AddBackward0"]),
+    Case("add number", lambda a: a + 2, [(3, 4)], ["AddBackward0"]),
+    Case("sub", torch.sub, AB, ["SubBackward0"]),
+    Case("sub alpha", lambda a, b: torch.sub(a, b, alpha=3), [(4,), (3, 4)], ["SubBackward0"]),
+    Case("rsub", lambda a: 2 - a, [(3, 4)], ["RsubBackward1"]),
+    Case("rsub tensor", lambda a, b: torch.rsub(a, b, alpha=2), AB, ["RsubBackward0"]),
+    Case("mul", torch.mul, AB, ["MulBackward0"]),
+    Case("mul broadcast", torch.mul, [(2, 3, 4), (3, 1)], ["MulBackward0"]),
+    Case("mul scalar tensor", torch.mul, [(3, 4), ()], ["MulBackward0"]),
+    Case("mul number", lambda a: -3 * a, [(3, 4)], ["MulBackward0"]),
+    Case("div", torch.div, AB, ["DivBackward0"], positive=True),
+    Case("div broadcast", torch.div, [(4,), (3, 4)], ["DivBackward0"], positive=True),
+    Case("div number", lambda a: a / 3, [(3, 4)], ["DivBackward0"]),
+    Case("number over", lambda b: 3 / b, [(3, 4)], ["MulBackward0", "ReciprocalBackward0"], positive=True),
+    Case("pow", torch.pow, AB, ["PowBackward1"], positive=True),
+    Case("pow broadcast", torch.pow, [(3, 4), (4,)], ["PowBackward1"], positive=True),
+    Case("pow of a number", lambda p: 2**p, [(3, 4)], ["PowBackward2"]),
+    Case("addcmul", lambda c, a, b: torch.addcmul(c, a, b, value=0.5), [(3, 4), (4,), (3, 1)], ["AddcmulBackward0"]),
+    Case("addcdiv", lambda c, a, b: torch.addcdiv(c, a, b, value=0.5), [(3, 4), (4,), (3, 1)], ["AddcdivBackward0"], True),
+    Case("lerp number", lambda a, b: torch.lerp(a, b, 0.3), AB, ["LerpBackward0"]),
+    Case("lerp tensor", torch.lerp, [(3, 4), (3, 4), (4,)], ["LerpBackward1"]),
+    Case("maximum", torch.maximum, AB, ["MaximumBackward0"]),
+    Case("minimum", torch.minimum, [(3, 4), (4,)], ["MinimumBackward0"]),
+    Case("maximum of equals", torch.maximum, [torch.ones(3).double(), torch.ones(3).double()], ["MaximumBackward0"]),
+    Case("fmax", torch.fmax, AB, ["FmaxBackward0"]),
+    Case("fmin", torch.fmin, AB, ["FminBackward0"]),
+    Case("atan2", torch.atan2, AB, ["Atan2Backward0"]),
+    Case("hypot", torch.hypot, AB, ["HypotBackward0"]),
+    Case("logaddexp", torch.logaddexp, [(3, 4), (4,)], ["LogaddexpBackward0"]),
+    Case("xlogy", torch.xlogy, AB, ["XlogyBackward0"], positive=True),
+    Case("xlogy of a number", lambda y: torch.xlogy(2.0, y), [(3, 4)], ["XlogyBackward1"], positive=True),
+    Case("xlogy by a number", lambda x: torch.xlogy(x, 2.0), [(3, 4)], ["XlogyBackward2"], positive=True),
+]
+
+#: Local exactness where paths from one tensor meet again.
+MEETING = [
+    Case("x * x", lambda x: x * x, [(3, 4)]),
+    Case("x / x^2", lambda x: x / (x * x), [(3, 4)], positive=True),
+    Case("x * sigmoid(x)", lambda x: x * torch.sigmoid(x), [(3, 4)]),
+    Case("x - tanh(x)", lambda x: x - torch.tanh(x), [(3, 4)]),
+    Case("x * tanh(softplus(x))", lambda x: x * torch.tanh(F.softplus(x)), [(3, 4)]),
+    Case("gate shared by two tensors", lambda x, y: x * torch.sigmoid(x) * y + y, [(3, 4), (3, 4)]),
+    Case("gate of broadcast tensors", lambda x, y: x * torch.sigmoid(x * y) * y, [(3, 4), (4,)]),
+    Case("polynomial", lambda x: 1 + x * (2 + x * (3 - x)), [(3, 4)]),
+    Case("gelu by hand", lambda x: 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.04 * x**3))), [(3, 4)]),
+    Case("gaussian log density", lambda x, m, s: -((x - m) ** 2) / (2 * s**2) - s.log(), [(3, 4), (3, 4), (4,)], (), True),
+    Case("exponent of itself", lambda x: x**x, [(3, 4)], positive=True),
+    Case("in place", lambda x: (x * 1).mul_(x).add_(x), [(3, 4)]),
+]
+
+
+@pytest.mark.parametrize("case", [*CASES, *MEETING], ids=lambda case: case.name)
+def test_rule_equals_dense_derivatives(case: Case) -> None:
+    check(case)

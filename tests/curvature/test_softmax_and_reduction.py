@@ -1,0 +1,54 @@
+"""Softmax, log-softmax and logsumexp against dense derivatives; Becker and LeCun's pointwise forms against theirs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hesscale_lightning.curvature import backward
+from tests.curvature.oracle import Case, Probe, check
+
+CASES = [
+    Case("softmax", lambda x: x.softmax(-1), [(3, 4)], ["SoftmaxBackward0"]),
+    Case("softmax of dimension 0", lambda x: x.softmax(0), [(3, 4)], ["SoftmaxBackward0"]),
+    Case("softmax in the middle", lambda x: x.softmax(1), [(2, 3, 2)], ["SoftmaxBackward0"]),
+    Case("log_softmax", lambda x: x.log_softmax(-1), [(3, 4)], ["LogSoftmaxBackward0"]),
+    Case("log_softmax of dimension 1", lambda x: x.log_softmax(1), [(2, 3, 2)], ["LogSoftmaxBackward0"]),
+    Case("logsumexp", lambda x: x.logsumexp(-1), [(3, 4)], ["LogsumexpBackward0"]),
+    Case("logsumexp of two", lambda x: x.logsumexp((0, -1)), [(2, 3, 4)], ["LogsumexpBackward0"]),
+    Case("logsumexp keepdim", lambda x: x.logsumexp(1, keepdim=True), [(3, 4)], ["LogsumexpBackward0"]),
+    Case("sum", torch.sum, [(3, 4)], ["SumBackward0"]),
+    Case("sum of dimension", lambda x: x.sum(1), [(3, 4)], ["SumBackward1"]),
+    Case("sum keepdim", lambda x: x.sum((0, 2), keepdim=True), [(2, 3, 4)], ["SumBackward1"]),
+    Case("mean", torch.mean, [(3, 4)], ["MeanBackward0"]),
+    Case("mean of dimensions", lambda x: x.mean((0, 2)), [(2, 3, 4)], ["MeanBackward1"]),
+    Case("cumsum", lambda x: x.cumsum(1), [(3, 4)], ["CumsumBackward0"]),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_rule_equals_dense_derivatives(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("with_h", [False, True])
+def test_bl89_treats_softmax_as_pointwise(with_h: bool) -> None:
+    torch.manual_seed(0)
+    g = torch.randn(3, 4, dtype=torch.float64)
+    h = torch.randn(3, 4, dtype=torch.float64) * with_h
+    for log in (False, True):
+        x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+        backward(Probe.apply(1, x.log_softmax(-1) if log else x.softmax(-1), g, h), method="bl89")
+        p = x.detach().softmax(-1)
+        first = 1 - p if log else p - p**2
+        second = p**2 - p if log else (p - p**2) * (1 - 2 * p)
+        torch.testing.assert_close(x.hess_diag, first**2 * h + second * g, rtol=1e-12, atol=1e-14)
+
+
+def test_bl89_cross_entropy_is_curved_at_the_true_class_only() -> None:
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([0, 2, 1, 1, 0])
+    backward(torch.nn.functional.cross_entropy(x, target), method="bl89")
+    p = x.detach().softmax(-1)
+    expected = torch.nn.functional.one_hot(target, 3) * (p - p**2) / 5
+    torch.testing.assert_close(x.hess_diag, expected, rtol=1e-12, atol=1e-14)
