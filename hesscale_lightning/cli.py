@@ -7,6 +7,8 @@
 The console script ``hesscale`` is the same command.
 """
 
+import warnings
+
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
@@ -45,4 +47,6 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: the arguments; None takes them from the command line.
     """
+    # Lightning 2.6 calls what torch 2.13 deprecates: nothing a user could do about it.
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     HesScaleCLI(args)

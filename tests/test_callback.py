@@ -1,11 +1,13 @@
 """HesScaleCallback computes the diagonal of the loss that the optimizer minimises, and disturbs nothing else."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -76,7 +78,7 @@ def test_another_optimizer_trains_bit_identically_with_and_without_the_callback(
     for callbacks in ([HesScaleCallback(log_every_n_steps=1)], []):
         net = make_net(dropout=0.5)
         torch.manual_seed(7)
-        fit(Classifier(net, lambda params: optimizer(params, lr=0.05)), make_batches(12), *callbacks)
+        fit(Classifier(net, lambda params: optimizer(params, lr=0.05)), make_batches(4), *callbacks)
         nets.append(net)
         states.append(torch.get_rng_state())
     assert all(torch.equal(p, q) for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
@@ -394,20 +396,50 @@ def test_adahesscale_without_the_callback_says_what_to_add():
 # -- across runs and processes
 
 
-def test_a_run_resumed_in_the_middle_of_an_epoch_ends_as_an_uninterrupted_one(tmp_path):
-    def run(steps: int, checkpoint: str | None) -> tuple[pl.LightningModule, pl.Trainer, ListLogger]:
+class ResumableLoader:
+    """Goes on at the batch where it was, as a resumed epoch needs it."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches, self.position, self.start = batches, 0, 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Any:
+        start, self.start = self.start, 0
+        for index in range(start, len(self.batches)):
+            self.position = index + 1
+            yield self.batches[index]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start = state["position"]
+
+
+class Crash(pl.Callback):
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 6:
+            raise RuntimeError("crash")
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the resumed run saves none
+def test_a_run_that_crashed_and_resumed_in_the_middle_of_an_epoch_ends_as_an_uninterrupted_one(tmp_path):
+    def run(*callbacks: pl.Callback, checkpoint: str | None = None) -> tuple[pl.LightningModule, ListLogger]:
         logger, model = ListLogger(), Classifier(make_net())
         callback = HesScaleCallback(every_n_steps=2, log_every_n_steps=3)
-        trainer = make_trainer(callback, steps=steps, logger=logger)
-        trainer.fit(model, make_loader(make_batches(10)), ckpt_path=checkpoint)
-        return model, trainer, logger
+        trainer = make_trainer(callback, *callbacks, logger=logger, enable_checkpointing=checkpoint is None)
+        with nullcontext() if Crash not in map(type, callbacks) else pytest.raises(RuntimeError, match="crash"):
+            trainer.fit(model, ResumableLoader(make_batches(10)), ckpt_path=checkpoint)
+        return model, logger
 
-    whole, _, whole_log = run(10, None)
-    _, trainer, first_log = run(4, None)
-    trainer.save_checkpoint(tmp_path / "middle.ckpt")
-    resumed, _, second_log = run(10, str(tmp_path / "middle.ckpt"))
+    whole, whole_log = run(ModelCheckpoint(tmp_path / "whole"))
+    _, first_log = run(ModelCheckpoint(tmp_path / "crashed", filename="{step}", every_n_train_steps=4), Crash())
+    resumed, second_log = run(checkpoint=str(tmp_path / "crashed" / "step=4.ckpt"))
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
     assert {**first_log.curvature(), **second_log.curvature()} == whole_log.curvature()
+    assert list(second_log.curvature()) == [6, 8]  # the log goes on where it was, not from the resumed step on
 
 
 def test_the_state_is_kept_apart_from_that_of_another_method():
@@ -424,19 +456,16 @@ def test_one_trainer_can_fit_twice():
     assert list(logger.curvature()) == [1, 3, 5, 7]
 
 
-class OneSided(Classifier):
-    """Uses the extra layer on process 0 only."""
+class Shared(Classifier):
+    """Each process takes its own part of every batch; the extra layer is there for one process only, if at all."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, extra: bool) -> None:
         super().__init__(net)
-        self.extra = nn.Linear(6, 6)
-        with torch.no_grad():
-            nn.init.eye_(self.extra.weight)
-            self.extra.bias.zero_()
+        self.extra = nn.Linear(6, 6) if extra else None
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        x, y = batch
-        return cross_entropy(self.net(self.extra(x) if self.global_rank == 0 else x), y)
+        x, y = (part[self.global_rank :: self.trainer.world_size] for part in batch)
+        return cross_entropy(self.net(self.extra(x) if self.extra and self.global_rank == 0 else x), y)
 
 
 class Saver(Recorder):
@@ -448,29 +477,30 @@ class Saver(Recorder):
         torch.save(self.diagonals, self.path / f"rank_{trainer.global_rank}.pt")
 
 
-def fit_two_processes(model: pl.LightningModule, path: Any, strategy: str) -> list[list[list[Tensor | None]]]:
-    trainer = make_trainer(HesScaleCallback(), Saver(path), strategy=strategy, devices=2)
+def fit_two_processes(model: pl.LightningModule, path: Any, strategy: str, **options: Any) -> Any:
+    trainer = make_trainer(
+        HesScaleCallback(), Saver(path), strategy=strategy, devices=2, use_distributed_sampler=False, **options
+    )
     trainer.fit(model, make_loader(make_batches(4)))
     return [torch.load(path / f"rank_{rank}.pt") for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_fork_find_unused_parameters_true"])
-def test_two_processes_give_the_diagonal_of_the_global_batch(tmp_path, strategy):
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_have_the_diagonal_of_the_global_batch(tmp_path, strategy, accumulate):
     net = make_net()
-    x, y = (torch.cat(parts) for parts in zip(*make_batches(4), strict=True))
-    order = torch.arange(16)
-    first = torch.cat([order[0::2][:4], order[1::2][:4]])  # Lightning deals samples in turn
-    expected = diagonal(net, [(x[first], y[first])])
-    ranks = fit_two_processes(Classifier(net), tmp_path, strategy)
+    expected = diagonal(net, make_batches(4)[:accumulate])
+    ranks = fit_two_processes(Shared(net, extra=False), tmp_path, strategy, accumulate_grad_batches=accumulate)
     for found in ranks:
+        assert len(found) == 4 / accumulate
         assert_same(found[0], expected)
-    for ours, theirs in zip(ranks[0][1], ranks[1][1], strict=True):
-        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(*ranks, strict=True):
+        assert_same(ours, theirs, rtol=0, atol=0)
 
 
 def test_a_parameter_that_one_process_does_not_use_has_the_same_diagonal_on_both(tmp_path):
-    ranks = fit_two_processes(OneSided(make_net()), tmp_path, "ddp_fork_find_unused_parameters_true")
-    assert len(ranks[0]) == len(ranks[1]) == 2
-    for ours, theirs in zip(ranks[0], ranks[1], strict=True):
+    ranks = fit_two_processes(Shared(make_net(), extra=True), tmp_path, "ddp_fork_find_unused_parameters_true")
+    assert len(ranks[0]) == len(ranks[1]) == 4
+    for ours, theirs in zip(*ranks, strict=True):
         assert_same(ours, theirs, rtol=0, atol=0)
         assert all(h is not None and h.abs().sum() > 0 for h in ours)

@@ -72,7 +72,8 @@ def test_mnist1d_repeats_with_its_seed_and_leaves_the_global_generators_alone():
     ],
 )
 def test_samples_have_the_shape_asked_for(make, shape, expected):
-    data = ready(make(shape=shape, batch_size=16))
+    sizes = {"num_samples": 200} if make is MNIST1DDataModule else {}
+    data = ready(make(shape=shape, batch_size=16, **sizes))
     for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
         x, y = next(iter(loader))
         assert x.shape[1:] == expected
