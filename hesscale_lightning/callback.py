@@ -125,12 +125,12 @@ class HesScaleCallback(Callback):
             self._refreshing = self.should_refresh(step)
             if self._refreshing:
                 self._refresh_before, self._last_refresh = self._last_refresh, step
-        parameters = [p for p in _parameters(trainer.optimizers) if p.requires_grad]
+        parameters = _parameters(trainer.optimizers)
         # A diagonal lives as long as its gradient. This is what clears it in manual optimization, where no hook tells
         # of zero_grad and only our own optimizers clear it themselves.
         _clear(p for p in parameters if p.grad is None)
         self._detach()
-        if self._refreshing and parameters:
+        if self._refreshing:
             self._attachment = attach(loss, parameters, method=self.method)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

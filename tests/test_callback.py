@@ -98,6 +98,17 @@ def test_every_step_has_a_fresh_diagonal(optimizer):
     assert len(checker.diagonals) == 5
 
 
+def test_every_step_has_a_fresh_diagonal_also_when_gradients_are_zeroed_in_place():
+    class InPlace(Classifier):
+        def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+            optimizer.zero_grad(set_to_none=False)
+
+    net, batches = make_net(), make_batches(2)
+    expected = diagonal(net, batches[1:])  # at learning rate 0 the network stays what it is
+    recorder, _ = fit(InPlace(net, lambda params: torch.optim.SGD(params, lr=0.0)), batches, HesScaleCallback())
+    assert_same(recorder.diagonals[1], expected)
+
+
 @pytest.mark.parametrize("optimizer", [AdaHesScale, torch.optim.Adam])
 def test_accumulated_micro_batches_give_the_diagonal_of_their_mean_loss_also_in_a_short_last_window(optimizer):
     batches, windows = make_batches(7), [slice(0, 3), slice(3, 6), slice(6, 7)]
@@ -248,6 +259,13 @@ def test_the_diagonal_is_refreshed_every_n_steps(accumulate):
         accumulate_grad_batches=accumulate,
     )
     assert [row[0] is not None for row in recorder.diagonals] == [True, False, False, True, False, False, True]
+
+
+def test_in_manual_optimization_every_optimizer_is_refreshed_on_every_nth_batch():
+    # Only its own optimizer's: the second loss also reaches the first network.
+    model = Adversaries(lambda params: torch.optim.SGD(params, lr=0.1), toggle=True)
+    recorder, _ = fit(model, make_batches(4), HesScaleCallback(every_n_steps=2))
+    assert [row[0] is not None for row in recorder.diagonals] == [True, True, False, False, True, True, False, False]
 
 
 def test_should_refresh_decides_when_to_refresh_and_is_asked_once_for_each_step():
