@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hesscale_lightning.curvature.graph import Edge, Node, Trace
-from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, Partials, PartialsRule, register_rule
+from hesscale_lightning.curvature.graph import Edge, Trace
+from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, PartialsRule, register_rule
 
 Factor = Tensor | float
 
@@ -89,20 +89,35 @@ def _fit(op: Operation, i: int) -> Callable[[Tensor], Tensor]:
     return lambda x: (x if x.shape == shape else x.sum_to_size(shape)).to(dtype)
 
 
+class Member(NamedTuple):
+    """An operation in a composite: its position, rule, needs, and where each input comes from.
+
+    ``wiring`` holds for each input the place of another member, ``~s`` for source ``s``, or None for what is not wanted.
+    """
+
+    position: int
+    partials: PartialsRule
+    needs: list[bool]
+    wiring: list[int | None]
+
+
 class Composite(NamedTuple):
-    """Elementwise operations joined into one.
+    """Elementwise operations joined into one, as positions in a trace: structure only.
 
     Attributes:
-        members: Positions of their nodes in the trace, inputs before outputs; the last is the meeting point.
+        members: The operations, inputs before outputs; the last is the meeting point.
         sources: Where the paths start: edges into nodes outside.
     """
 
-    members: list[int]
+    members: list[Member]
     sources: list[Edge]
 
 
 def find_composite(
-    found: Trace, position: int, joins: Callable[[int], bool], consumers: Mapping[int, Sequence[int]]
+    found: Trace,
+    position: int,
+    partials: Callable[[int], PartialsRule | None],
+    consumers: Mapping[int, Sequence[int]],
 ) -> Composite | None:
     """The composite that ends in the node at ``position``, if paths from one tensor meet in it.
 
@@ -111,72 +126,77 @@ def find_composite(
     Args:
         found: The traced graph.
         position: Position of the meeting point in ``found.nodes``.
-        joins: Whether the node at a position is elementwise and may be taken in.
+        partials: The partials of the node at a position; None if it is not elementwise or must stay outside.
         consumers: For each position, the positions of the nodes that use it, one entry for each use.
     """
     nodes, index, edges = found.nodes, found.index, found.edges
-    members = {position}
-    candidates = [position]
+    taken = {position}
+    candidates = {index[child] for child, _, _ in edges[nodes[position]]} - {-1}
     while candidates:
-        # The highest position first: all that uses it has been decided by then.
-        current = max(candidates)
+        current = min(candidates)  # all that uses it comes before it, and has been decided
         candidates.remove(current)
-        if current != position:
-            if not joins(current) or not all(user in members for user in consumers[current]):
-                continue
-            if any(
-                child is nodes[current] and (transposed or output)
-                for user in consumers[current]
-                for child, output, transposed in edges[nodes[user]]
-            ):
-                continue
-            members.add(current)
-        for child, _, _ in edges.get(nodes[current], ()):
-            if index[child] >= 0 and index[child] not in candidates and index[child] not in members:
-                candidates.append(index[child])
-    uses: dict[Edge, int] = {}
+        node = nodes[current]
+        plain = all(
+            user in taken and all(not (output or flip) for child, output, flip in edges[nodes[user]] if child is node)
+            for user in consumers[current]
+        )
+        if plain and partials(current) is not None:
+            taken.add(current)
+            candidates |= {index[child] for child, _, _ in edges[node]} - {-1}
+    members = sorted(taken, reverse=True)
+    place = {member: k for k, member in enumerate(members)}
+    sources: dict[Edge, int] = {}
+    uses = 0
+    described = []
     for member in members:
+        wiring: list[int | None] = []
         for edge in edges[nodes[member]]:
-            if index[edge[0]] >= 0 and index[edge[0]] not in members:
-                uses[edge] = uses.get(edge, 0) + 1
-    if all(count == 1 for count in uses.values()):
-        return None
-    return Composite(sorted(members), list(uses))
+            below = index[edge[0]]
+            if below < 0:
+                wiring.append(None)
+            elif below in place:
+                wiring.append(place[below])
+            else:
+                wiring.append(~sources.setdefault(edge, len(sources)))
+                uses += 1
+        rule = partials(member)
+        assert rule is not None
+        described.append(Member(member, rule, [entry is not None for entry in wiring], wiring))
+    return Composite(described, list(sources)) if uses > len(sources) else None
 
 
-def composite_formula(composite: Composite, found: Trace, operations: Sequence[Operation], rules: Sequence[PartialsRule]) -> Formula:
+def composite_formula(composite: Composite, operations: Sequence[Operation]) -> Formula:
     """The formula of a composite; its results are in the order of ``composite.sources``.
 
     Args:
         composite: What to join.
-        found: The traced graph.
-        operations: The members' operations, in the order of ``composite.members``.
-        rules: The members' partials.
+        operations: The members' operations, in their order.
     """
-    all_partials = [rule(op) for rule, op in zip(rules, operations, strict=True)]
-    place = {found.nodes[member]: k for k, member in enumerate(composite.members)}
-    wiring: list[list[tuple[Node, int, bool] | int]] = [
-        [place[edge[0]] if edge[0] in place else edge for edge in found.edges[found.nodes[member]]]
-        for member in composite.members
-    ]
-    fits = []
-    for source in composite.sources:
-        k, i = next((k, i) for k, inputs in enumerate(wiring) for i, entry in enumerate(inputs) if entry == source)
-        fits.append(_fit(operations[k], i))
+    members, count = composite.members, len(composite.sources)
+    all_partials = [member.partials(op) for member, op in zip(members, operations, strict=True)]
+    fits: list[Callable[[Tensor], Tensor] | None] = [None] * count
+    for member, op in zip(members, operations, strict=True):
+        for i, entry in enumerate(member.wiring):
+            if entry is not None and entry < 0 and fits[~entry] is None:
+                fits[~entry] = _fit(op, i)
 
     def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
         partials = [member(g is not None) for member in all_partials]
-        results = []
-        for source, fit in zip(composite.sources, fits, strict=True):
+        results: list[Tensor | None] = []
+        for source, fit in enumerate(fits):
             derivatives: list[tuple[Factor | None, Factor | None]] = []
-            for (first, second), inputs in zip(partials, wiring, strict=True):
+            for (first, second), member in zip(partials, members, strict=True):
                 below: list[tuple[Factor | None, Factor | None]] = [
-                    derivatives[entry] if isinstance(entry, int) else (1.0, None) if entry == source else (None, None)
-                    for entry in inputs
+                    (None, None)
+                    if entry is None or (entry < 0 and entry != ~source)
+                    else (1.0, None)
+                    if entry < 0
+                    else derivatives[entry]
+                    for entry in member.wiring
                 ]
                 derivatives.append(_chain(first, second, below))
             result = _rule(*derivatives[-1], g, h)
-            results.append(None if result is None else fit(result))
+            results.append(result if result is None or fit is None else fit(result))
         return results
 
     return formula
@@ -209,6 +229,3 @@ def _times(a: Factor | None, b: Factor | None) -> Factor | None:
 
 def _plus(a: Factor | None, b: Factor | None) -> Factor | None:
     return b if a is None else a if b is None else a + b
-
-
-__all__ = ["Composite", "Partials", "composite_formula", "elementwise", "find_composite"]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -24,22 +24,23 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from hesscale_lightning.curvature.elementwise import Composite, composite_formula, find_composite
-from hesscale_lightning.curvature.graph import AccumulateGrad, Edge, Node, Trace, trace
+from hesscale_lightning.curvature.elementwise import composite_formula
+from hesscale_lightning.curvature.graph import Node, trace
+from hesscale_lightning.curvature.plan import Output, Plan, PlanCache, make_plan
 from hesscale_lightning.curvature.precision import HALF
-from hesscale_lightning.curvature.registry import Formula, Operation, Rule, find_rule, no_rule
+from hesscale_lightning.curvature.registry import Formula, Operation
 
 Method = Literal["hesscale", "hesscale_gn", "bl89"]
 METHODS: tuple[str, ...] = get_args(Method)
 
 _OWNER = "_hesscale_attachment"  # the attribute in which a loss keeps its attachment alive
-_Output = tuple[Node, int]  # a node and the number of one of its outputs
 _AWAITED = object()  # stands for a gradient that backward has not delivered yet
 
 _SWEEP_EVERY = 4  # gradients between sweeps: one long sweep is faster than many short ones, but holds what it has not passed
 
 # A node of no graph: every node runs in a plain backward(), so this one "will" too; under inputs= it will not.
 _FOREIGN = torch.empty((), requires_grad=True).expand(1).grad_fn
+_plans = PlanCache()
 _will_execute = torch._C._will_engine_execute_node
 
 # A step: formula, whether it takes the gradient, the cell of each input (-1: not wanted), which inputs are to be transposed
@@ -58,7 +59,7 @@ class Attachment:
 
     def __init__(self, device_type: str) -> None:
         self._device_type = device_type
-        self._steps: list[_Step | None] = []  # in the order of backward; None: a leaf, or done
+        self._steps: list[_Step | None] = []  # in the order of backward; None: nothing to do, or done
         self._gradients: list[Any] = []  # for each step: _AWAITED, or what its formula takes as g
         self._cells: list[Any] = []
         self._sinks: list[tuple[int, Node, Tensor]] = []  # cell, node and tensor of each diagonal to write
@@ -282,23 +283,30 @@ def attach(loss: Tensor, params: Iterable[Tensor] | None = None, *, method: Meth
     Reinforcement Learning", ICML 2024, arXiv 2406.03276; Becker and LeCun, 1989.
     """
     root = _root_of(loss, method)
-    found, inner = _find(root, params)
     attachment = Attachment(loss.device.type)
-    if found.index[root] < 0:
-        return attachment
-    ref = weakref.ref(attachment)
-    hooked = _prepare(attachment, root, found, inner, method)
-    # Everything that can be refused has been: only now is the graph touched.
-    store = attachment._gradients.__setitem__
-    handles = attachment._handles
-    for k, (node, i, gate) in enumerate(hooked):
-        if gate:
-            hook = partial(_on_gate, ref, i)
-        elif (k + 1) % _SWEEP_EVERY:
-            hook = partial(store, i)  # runs without a Python frame
+    wanted = _wanted(params)
+    key = (type(root), method, None if wanted is None else len(wanted))
+    hit = _plans.find(key, root, wanted)
+    try:
+        if hit is not None and (wanted is None or len(hit[0].leaves) == len(wanted) or not _inner(wanted)):
+            hooks = _arm(attachment, *hit, {}, method)
         else:
-            hook = partial(_on_sweep, ref, i)
-        handles.append(node.register_prehook(hook))
+            inner = {} if wanted is None else _inner(wanted)
+            found = trace(root, wanted, inner)
+            if found.index[root] < 0:
+                return attachment
+            plan = make_plan(root, found, list(inner), method)
+            _plans.add(key, plan)
+            hooks = _arm(attachment, plan, found.nodes, [node.next_functions for node in found.nodes], inner, method)
+    except RuntimeError as error:
+        if "through the graph a second time" in str(error):
+            raise RuntimeError(
+                "the graph of this loss was freed by an earlier backward(): attach before backward, and once per backward; "
+                "to go through one graph twice use retain_graph=True"
+            ) from None
+        raise
+    # Everything that can be refused has been: only now is the graph touched.
+    attachment._handles = [node.register_prehook(hook) for node, hook in hooks]
     setattr(loss, _OWNER, attachment)
     return attachment
 
@@ -357,17 +365,18 @@ def _root_of(loss: Tensor, method: str) -> Node:
     return root
 
 
-def _find(root: Node, params: Iterable[Tensor] | None) -> tuple[Trace, dict[_Output, Tensor]]:
-    """Traces the graph, and returns the wanted tensors that are no leaves by the output they are."""
+def _wanted(params: Iterable[Tensor] | None) -> dict[int, Tensor] | None:
+    """The wanted tensors by id."""
     if params is None:
-        return trace(root, None), {}
+        return None
     if isinstance(params, Tensor):
         raise TypeError("params must be an iterable of tensors, got a single tensor: write [tensor]")
-    wanted = {id(p): p for p in params}
-    found = trace(root, wanted)
-    if found.leaves == len(wanted):
-        return found, {}
-    inner: dict[_Output, Tensor] = {}
+    return {id(p): p for p in params}
+
+
+def _inner(wanted: dict[int, Tensor]) -> dict[Output, Tensor]:
+    """The wanted tensors that are no leaves, by the output they are; where not all of ``wanted`` are leaves of the graph."""
+    inner: dict[Output, Tensor] = {}
     for p in wanted.values():
         if not isinstance(p, Tensor):
             raise TypeError(
@@ -376,174 +385,72 @@ def _find(root: Node, params: Iterable[Tensor] | None) -> tuple[Trace, dict[_Out
             )
         if p.grad_fn is not None:
             inner[(p.grad_fn, p.output_nr)] = p
-    return (trace(root, wanted, inner) if inner else found), inner
+    return inner
 
 
-def _prepare(
-    attachment: Attachment, root: Node, found: Trace, inner: dict[_Output, Tensor], method: str
-) -> list[tuple[Node, int, bool]]:
-    """Fills the attachment's steps, and returns its hooks: node, step, whether it fires first."""
-    nodes, index, edges = found.nodes, found.index, found.edges
-    last = len(nodes) - 1
-    steps, gradients, sinks = attachment._steps, attachment._gradients, attachment._sinks
-    rules: list[Rule | None] = []
-    for node in reversed(nodes):
-        if type(node) is AccumulateGrad:
-            rules.append(None)
+def _arm(
+    attachment: Attachment,
+    plan: Plan,
+    nodes: list[Node],
+    following: list[Any],
+    inner: dict[Output, Tensor],
+    method: str,
+) -> list[tuple[Node, Callable[..., None]]]:
+    """Lets the rules take what they need from this graph's nodes, and returns which nodes to hook with what."""
+    steps: list[_Step | None] = [None] * plan.size
+    gradients: list[Any] = [None] * plan.size
+    awaited: list[int] = []  # steps, by their number in the plan
+    for number, (cell, rule, composite, needs, flips, turns, targets, outputs, inside) in enumerate(plan.steps):
+        if composite is not None:
+            curved = True
+            formula = composite_formula(
+                composite,
+                [
+                    Operation(nodes[m.position], following[m.position], m.needs, [False] * len(m.needs), method, True)
+                    for m in composite.members
+                ],
+            )
+        elif cell == 0 and not rule.curved:
+            continue  # no curvature arrives at the root, and none is made there
         else:
-            rule = find_rule(node)
-            if rule is None:
-                raise no_rule(root, node)
-            rules.append(rule)
-    inside = _inside_network(found, rules) if method == "hesscale_gn" else None
-    joined = _Joined(found, rules, inside, inner)
-    beyond: dict[_Output, int] = {}  # cells of outputs after the first
-    hooked: list[tuple[Node, int, bool]] = []
-    single_file = True  # whether all of backward has passed through one node at a time so far
-    try:
-        for i, rule in enumerate(rules):
-            node = nodes[last - i]
-            if rule is None:
-                variable = node.variable
-                if variable.is_complex():
-                    raise TypeError(f"complex parameters are not supported, got one of dtype {variable.dtype}")
-                sinks.append((i, node, variable))
-            if rule is None or last - i in joined.members:
-                steps.append(None)
-                gradients.append(None)
-                continue
-            inputs = edges[node]
-            needs = [index[child] >= 0 for child, _, _ in inputs]
-            composite = joined.ending_in(last - i) if rule.partials is not None and needs.count(True) > 1 else None
-            if composite is not None:
-                curved = True
-                formula, inputs = joined.formula(composite, method)
-            elif i == 0 and not rule.curved:
-                curved, formula = False, _unused  # no curvature arrives at the root, and none is made there
-            else:
-                operation = Operation(node, needs, [flip for _, _, flip in inputs], method, rule.curved)
-                formula = rule.build(operation)
-                curved = operation.curved
-                inputs = [
-                    (child, output, flip) for (child, output, _), flip in zip(inputs, operation.transposed, strict=True)
-                ]
-            targets: list[int] = []
-            turned: list[bool] | None = None
-            for child, output, flip in inputs:
-                position = index[child]
-                if position < 0 or output == 0:
-                    targets.append(last - position if position >= 0 else -1)
-                else:
-                    targets.append(beyond.setdefault((child, output), last + 1 + len(beyond)))
-                if flip and turned is None:
-                    turned = [flip for _, _, flip in inputs]
-            outputs = None
-            if rule.multi_output:
-                count = len(node._input_metadata)
-                outputs = [i, *(beyond.setdefault((node, k), last + 1 + len(beyond)) for k in range(1, count))]
-            elif beyond and any(owner is node for owner, _ in beyond):
-                raise no_rule(root, node, "its rule covers the first output only, and another output is used here")
-            steps.append((formula, curved, targets, turned, outputs, rule.name))
-            if curved and (inside is None or not inside[i]):
-                gradients.append(_AWAITED)
-                hooked.append((node, i, single_file and not hooked))
-            else:
-                gradients.append(None)
-            if single_file and sum([cell >= 0 for cell in targets]) > 1:
-                single_file = False
-                if not hooked:
-                    hooked.append((root, -1, True))
-    except RuntimeError as error:
-        if "through the graph a second time" in str(error):
-            raise RuntimeError(
-                "the graph of this loss was freed by an earlier backward(): attach before backward, and once per backward; "
-                "to go through one graph twice use retain_graph=True"
-            ) from None
-        raise
-    if not hooked:
-        hooked.append((root, -1, True))
+            if turns:
+                flips = flips.copy()
+            operation = Operation(nodes[cell], following[cell], needs, flips, method, rule.curved)
+            formula = rule.build(operation)
+            curved = operation.curved
+        steps[cell] = (formula, curved, targets, flips if turns and True in flips else None, outputs, rule.name)
+        if curved and not inside:
+            gradients[cell] = _AWAITED
+            awaited.append(number)
+    sinks: list[tuple[int, Node, Tensor]] = []
+    for cell in plan.leaves:
+        variable = nodes[cell].variable
+        if variable.is_complex():
+            raise TypeError(f"complex parameters are not supported, got one of dtype {variable.dtype}")
+        sinks.append((cell, nodes[cell], variable))
     for (node, output), tensor in inner.items():
-        position = index.get(node, -1)
-        if position >= 0:
-            cell = last - position if output == 0 else beyond.setdefault((node, output), last + 1 + len(beyond))
+        if node in nodes:
+            cell = nodes.index(node)
+            cell = cell if output == 0 else plan.beyond[(cell, output)]
             attachment._kept.add(cell)
             sinks.append((cell, node, tensor))
-    attachment._cells.extend([None] * (last + 1 + len(beyond)))
-    return hooked
+    attachment._steps = steps
+    attachment._gradients = gradients
+    attachment._sinks = sinks
+    attachment._cells = [None] * plan.cells
 
-
-def _unused(*_: Any) -> tuple[()]:
-    return ()
-
-
-class _Joined:
-    """The elementwise operations of a graph that are carried together; see :mod:`.elementwise`."""
-
-    def __init__(
-        self, found: Trace, rules: list[Rule | None], inside: list[bool] | None, inner: dict[_Output, Tensor]
-    ) -> None:
-        self._found = found
-        self._rules = rules
-        self._inside = inside
-        self._wanted = {node for node, _ in inner}
-        self._consumers: dict[int, list[int]] | None = None
-        self.members: set[int] = set()  # positions of the nodes inside a composite, without its last
-
-    def ending_in(self, position: int) -> Composite | None:
-        nodes, index, edges = self._found.nodes, self._found.index, self._found.edges
-        last = len(nodes) - 1
-
-        def joins(below: int) -> bool:
-            rule, node = self._rules[last - below], nodes[below]
-            if rule is None or rule.partials is None or node in self._wanted:
-                return False
-            # Gauss-Newton keeps or drops the second derivative of a composite as a whole.
-            return self._inside is None or self._inside[last - below] == self._inside[last - position]
-
-        inputs = [edge for edge in edges[nodes[position]] if index[edge[0]] >= 0]
-        if len(set(inputs)) == len(inputs) and not any([joins(index[child]) for child, _, _ in inputs]):
-            return None
-        if self._consumers is None:
-            self._consumers = {k: [] for k in range(len(nodes))}
-            for k, node in enumerate(nodes):
-                for child, _, _ in edges.get(node, ()):  # a leaf has none
-                    if index[child] >= 0:
-                        self._consumers[index[child]].append(k)
-        composite = find_composite(self._found, position, joins, self._consumers)
-        if composite is not None:
-            self.members.update(composite.members[:-1])
-        return composite
-
-    def formula(self, composite: Composite, method: str) -> tuple[Formula, list[Edge]]:
-        found = self._found
-        operations, partials = [], []
-        for member in composite.members:
-            node = found.nodes[member]
-            rule = self._rules[len(self._rules) - 1 - member]
-            assert rule is not None and rule.partials is not None
-            needs = [found.index[child] >= 0 for child, _, _ in found.edges[node]]
-            flips = [flip for _, _, flip in found.edges[node]]
-            operations.append(Operation(node, needs, flips, method, True))
-            partials.append(rule.partials)
-        return composite_formula(composite, found, operations, partials), composite.sources
-
-
-def _inside_network(found: Trace, rules: list[Rule | None]) -> list[bool]:
-    """For each step, whether a parameterised operation lies between it and the loss."""
-    nodes, index, edges = found.nodes, found.index, found.edges
-    last = len(nodes) - 1
-    parameter = [False] * len(nodes)  # by index: a wanted leaf, or views and casts of one
-    for position, node in enumerate(nodes):
-        rule = rules[last - position]
-        parameter[position] = rule is None or (
-            rule.view and any([index[child] >= 0 and parameter[index[child]] for child, _, _ in edges[node]])
-        )
-    inside = [False] * len(nodes)
-    for i, rule in enumerate(rules):
-        if rule is None:
-            continue
-        children = [index[child] for child, _, _ in edges[nodes[last - i]] if index[child] >= 0]
-        if inside[i] or (not rule.view and any([parameter[child] for child in children])):
-            for child in children:
-                inside[last - child] = True
-    return inside
+    ref = weakref.ref(attachment)
+    store = gradients.__setitem__
+    hooks: list[tuple[Node, Callable[..., None]]] = []
+    if not awaited or awaited[0] > plan.narrow:
+        hooks.append((nodes[0], partial(_on_gate, ref, -1)))
+    for number in awaited:
+        cell = plan.steps[number].cell
+        if not hooks:
+            hook: Callable[..., None] = partial(_on_gate, ref, cell)
+        elif (len(hooks) + 1) % _SWEEP_EVERY:
+            hook = partial(store, cell)  # runs without a Python frame
+        else:
+            hook = partial(_on_sweep, ref, cell)
+        hooks.append((nodes[cell], hook))
+    return hooks

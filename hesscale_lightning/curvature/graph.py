@@ -2,9 +2,11 @@
 
 This module knows nodes, edges and leaves, and nothing of calculus: which operation a node stands for, and what its
 curvature is, is the registry's and the rules' business. Only ``next_functions``, ``name()`` and, for leaves, ``variable``
-are read here, so that tracing a graph unpacks no saved tensor.
+are read here, so that walking a graph unpacks no saved tensor.
 
-Tracing is most of the fixed cost of a step on a small network, which explains the shape of the loop.
+Walking is most of the fixed cost of a step on a small network, and a training loop builds the same graph at every step. So
+the first walk, :func:`trace`, leaves a :class:`Route`, and :func:`follow` goes the same way through the next step's graph,
+comparing as it goes, and gives up at the first difference.
 """
 
 from __future__ import annotations
@@ -32,10 +34,10 @@ class Trace:
     """The wanted part of a graph.
 
     Attributes:
-        nodes: Every node on a path from the root to a wanted tensor, the leaves' ``AccumulateGrad`` included, each after
-            all nodes that it leads to. Walked backwards, this is an order in which backward may run.
+        nodes: Every node on a path from the root to a wanted tensor, the leaves' ``AccumulateGrad`` included, each before
+            all nodes that it leads to, which is an order in which backward may run. The root comes first.
         index: Position of each of these nodes in ``nodes``; -1 for a visited node that leads to no wanted tensor.
-        edges: Where the inputs of every visited node came from, in the order of ``next_functions``.
+        edges: Where the inputs of every visited node came from, in the order of ``next_functions``; none for leaves.
         leaves: How many wanted leaves were found.
     """
 
@@ -54,7 +56,7 @@ def trace(root: Node, leaves: Container[int] | None, inner: Iterable[tuple[Node,
         inner: ``(tensor.grad_fn, tensor.output_nr)`` of every wanted tensor that is not a leaf.
     """
     goals = {node for node, _ in inner}
-    nodes: list[Node] = []
+    finished: list[Node] = []  # each after all that it leads to
     index: dict[Node | None, int] = {None: -1}
     edges: dict[Node, list[Edge]] = {}
     found = 0
@@ -64,16 +66,11 @@ def trace(root: Node, leaves: Container[int] | None, inner: Iterable[tuple[Node,
         if node in edges:
             stack.pop()
             if node not in index:
-                index[node] = -1
-                for child, _, _ in edges[node]:
-                    if index[child] >= 0:
-                        index[node] = len(nodes)
-                        nodes.append(node)
-                        break
+                if node in goals or any([index[child] >= 0 for child, _, _ in edges[node]]):
+                    index[node] = len(finished)
+                    finished.append(node)
                 else:
-                    if node in goals:
-                        index[node] = len(nodes)
-                        nodes.append(node)
+                    index[node] = -1
             continue
         edges[node] = following = []
         for child, output in node.next_functions:
@@ -82,16 +79,100 @@ def trace(root: Node, leaves: Container[int] | None, inner: Iterable[tuple[Node,
                 child, output = child.next_functions[0]
                 transposed = not transposed
             following.append((child, output, transposed))
-            if child not in index and child not in edges:
-                if type(child) is not AccumulateGrad:
-                    stack.append(child)
-                elif leaves is None or id(child.variable) in leaves:
-                    index[child] = len(nodes)
-                    nodes.append(child)
-                    found += 1
-                else:
-                    index[child] = -1
-    return Trace(nodes, index, edges, found)
+            if child in index or child in edges:
+                continue
+            if type(child) is not AccumulateGrad:
+                stack.append(child)
+                continue
+            edges[child] = []
+            if leaves is None or id(child.variable) in leaves:
+                index[child] = len(finished)
+                finished.append(child)
+                found += 1
+            else:
+                index[child] = -1
+    last = len(finished) - 1
+    for node, position in index.items():
+        if position >= 0:
+            index[node] = last - position
+    return Trace(finished[::-1], index, edges, found)
+
+
+@dataclass(slots=True)
+class Route:
+    """How a trace went, without the nodes: to be followed through other graphs of the same structure.
+
+    Attributes:
+        visits: For each node that has inputs, in the order of the trace: its slot, and for each input the slot and type of
+            the node that it came from, which output, and whether transposed. None for an input without a node.
+        wanted: How many slots hold wanted nodes; these are the positions of ``Trace.nodes``.
+        slots: How many nodes there are.
+    """
+
+    visits: list[tuple[int, list[tuple[int, type, int, bool] | None]]]
+    wanted: int
+    slots: int
+
+
+def route_of(found: Trace) -> Route | None:
+    """The route of a trace; None if some node's operation cannot be told from its type."""
+    slot: dict[Node, int] = {}
+    free = len(found.nodes)
+    for node in found.edges:
+        if type(node) is not AccumulateGrad and type(node).__name__ != node.name():
+            return None
+        slot[node] = found.index[node]
+        if slot[node] < 0:
+            slot[node] = free
+            free += 1
+    visits = [
+        (
+            slot[node],
+            [None if child is None else (slot[child], type(child), output, flip) for child, output, flip in inputs],
+        )
+        for node, inputs in found.edges.items()
+        if type(node) is not AccumulateGrad
+    ]
+    return Route(visits, len(found.nodes), len(slot))
+
+
+def follow(route: Route, root: Node, leaves: Container[int] | None) -> tuple[list[Node], list[Any]] | None:
+    """The nodes of another graph by slot, and their ``next_functions``; None if its structure is not the route's.
+
+    Args:
+        route: From :func:`route_of`, where the root had slot 0.
+        root: The other graph's root.
+        leaves: As for :func:`trace`.
+    """
+    nodes: list[Node] = [None] * route.slots
+    following: list[Any] = [()] * route.slots
+    nodes[0] = root
+    wanted = route.wanted
+    for slot, expected in route.visits:
+        inputs = following[slot] = nodes[slot].next_functions
+        if len(inputs) != len(expected):
+            return None
+        for (child, output), there in zip(inputs, expected):  # noqa: B905 (checked above)
+            if there is None:
+                if child is not None:
+                    return None
+                continue
+            target, kind, number, flip = there
+            while type(child) is TBackward:
+                child, output = child.next_functions[0]
+                flip = not flip
+            if output != number or flip:
+                return None
+            known = nodes[target]
+            if known is None:
+                if type(child) is not kind or (
+                    kind is AccumulateGrad and (leaves is None or id(child.variable) in leaves) is not (target < wanted)
+                ):
+                    return None
+                nodes[target] = child
+            elif known is not child:
+                return None
+    return (nodes, following) if len(set(nodes)) == route.slots else None
 
 
 def path(root: Node, target: Node) -> list[Node]:

@@ -49,10 +49,13 @@ class Operation:
             second derivative, which spares a hook. Its formula is then called as ``formula(h)``.
     """
 
-    __slots__ = ("curved", "method", "needs", "node", "transposed")
+    __slots__ = ("_following", "curved", "method", "needs", "node", "transposed")
 
-    def __init__(self, node: Node, needs: list[bool], transposed: list[bool], method: str, curved: bool) -> None:
+    def __init__(
+        self, node: Node, following: Any, needs: list[bool], transposed: list[bool], method: str, curved: bool
+    ) -> None:
         self.node = node
+        self._following = following
         self.curved = curved
         self.needs = needs
         self.transposed = transposed
@@ -60,7 +63,7 @@ class Operation:
 
     def input_shape(self, i: int) -> torch.Size:
         """Shape of input ``i``: what a curvature must be summed to where the forward pass broadcast."""
-        child, output = self.node.next_functions[i]
+        child, output = self._following[i]
         if type(child) is AccumulateGrad:
             shape: torch.Size = child.variable.shape
             return shape
@@ -68,7 +71,7 @@ class Operation:
 
     def input_meta(self, i: int) -> tuple[torch.dtype, torch.device]:
         """Dtype and device of input ``i``."""
-        child, output = self.node.next_functions[i]
+        child, output = self._following[i]
         meta = child.variable if type(child) is AccumulateGrad else child._input_metadata[output]
         return meta.dtype, meta.device
 
@@ -94,6 +97,7 @@ class Rule:
 
 
 _rules: dict[str, Rule] = {}
+_listeners: list[Callable[[], None]] = []
 _rule_of_type: dict[type, Rule] = {}  # generated nodes have a Python type each, and comparing types is much faster
 
 
@@ -153,6 +157,8 @@ def register_rule(
         for name in names:
             _rules[name] = Rule(name, build, curved, multi_output, view, partials)
         _rule_of_type.clear()
+        for listener in _listeners:
+            listener()
         return build
 
     if not names:
@@ -161,6 +167,11 @@ def register_rule(
         if not isinstance(name, str):
             raise TypeError(f"register_rule takes names of autograd nodes, got {name!r}; use it as @register_rule('Name')")
     return register
+
+
+def on_registration(listener: Callable[[], None]) -> None:
+    """Calls ``listener`` after every registration, so that what was derived from the rules can be dropped."""
+    _listeners.append(listener)
 
 
 def registered_rules() -> dict[str, Rule]:

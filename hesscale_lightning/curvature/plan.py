@@ -1,0 +1,215 @@
+"""What to do with the graphs of one structure: found once, used at every step of a training loop.
+
+A :class:`Plan` holds positions, flags and rules, and neither nodes nor tensors, so that keeping it keeps nothing else alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any, NamedTuple
+
+from hesscale_lightning.curvature.elementwise import Composite, find_composite
+from hesscale_lightning.curvature.graph import AccumulateGrad, Node, Route, Trace, follow, route_of
+from hesscale_lightning.curvature.registry import PartialsRule, Rule, find_rule, no_rule, on_registration
+
+Output = tuple[Node, int]  # a node and the number of one of its outputs
+
+
+class Step(NamedTuple):
+    """One operation, or one composite, that curvature is carried through.
+
+    Attributes:
+        cell: Its position in the order of backward; the cell of that number holds the curvature of its first output.
+        rule: The rule of its node.
+        composite: What it is joined with, or None.
+        needs: For each input, whether it is wanted.
+        transposed: For each input, whether it is the transpose of the tensor that receives the curvature.
+        turns: Whether any input is.
+        targets: For each input, the cell that its curvature is added to; -1 if not wanted.
+        outputs: The cells of all its outputs, for a rule of several.
+        inside: Whether a parameterised operation lies between it and the loss, where that matters.
+    """
+
+    cell: int
+    rule: Rule
+    composite: Composite | None
+    needs: list[bool]
+    transposed: list[bool]
+    turns: bool
+    targets: list[int]
+    outputs: list[int] | None
+    inside: bool
+
+
+class Plan(NamedTuple):
+    """How curvature is carried through the graphs of one structure.
+
+    Attributes:
+        route: How to find the nodes; None if they cannot be told by their types.
+        steps: In the order of backward.
+        leaves: Cells of the wanted leaves.
+        size: How many wanted nodes there are, and so cells of first outputs.
+        cells: How many cells there are.
+        beyond: Cells of outputs after the first, by position of the node and number of the output.
+        narrow: The last step up to which backward passes one node at a time.
+    """
+
+    route: Route | None
+    steps: list[Step]
+    leaves: list[int]
+    size: int
+    cells: int
+    beyond: dict[tuple[int, int], int]
+    narrow: int
+
+
+def make_plan(root: Node, found: Trace, goals: list[Output], method: str) -> Plan:
+    """Plans for the structure of ``found``.
+
+    Args:
+        root: Where it begins; for error messages.
+        found: The traced graph, which leads to at least one wanted tensor.
+        goals: Wanted outputs of nodes, for tensors that are no leaves.
+        method: As for ``attach``.
+
+    Raises:
+        UnsupportedOperationError: An operation has no rule.
+    """
+    nodes, index, edges = found.nodes, found.index, found.edges
+    rules = [None if type(node) is AccumulateGrad else _rule_for(root, node) for node in nodes]
+    inside = _inside_network(found, rules) if method == "hesscale_gn" else [False] * len(nodes)
+    joiner = _Joiner(found, rules, inside, {node for node, _ in goals})
+    beyond: dict[tuple[int, int], int] = {}
+    size = len(nodes)
+
+    def cell_of(position: int, output: int) -> int:
+        return position if output == 0 or position < 0 else beyond.setdefault((position, output), size + len(beyond))
+
+    steps: list[Step] = []
+    leaves: list[int] = []
+    absorbed: set[int] = set()
+    narrow = -1
+    for position, (node, rule) in enumerate(zip(nodes, rules, strict=True)):
+        if rule is None:
+            leaves.append(position)
+            continue
+        if position in absorbed:
+            continue
+        inputs = edges[node]
+        needs = [index[child] >= 0 for child, _, _ in inputs]
+        composite = joiner.ending_in(position) if rule.partials is not None and needs.count(True) > 1 else None
+        if composite is not None:
+            absorbed |= {member.position for member in composite.members}
+            inputs = composite.sources
+        targets = [cell_of(index[child], output) for child, output, _ in inputs]
+        outputs = None
+        if rule.multi_output:
+            outputs = [cell_of(position, k) for k in range(len(node._input_metadata))]
+        elif any(owner == position for owner, _ in beyond):
+            raise no_rule(root, node, "its rule covers the first output only, and another output is used here")
+        flips = [flip for _, _, flip in inputs]
+        steps.append(Step(position, rule, composite, needs, flips, True in flips, targets, outputs, inside[position]))
+        if len(steps) == narrow + 2 and (narrow < 0 or _single(steps[narrow])):
+            narrow += 1
+    for node, output in goals:
+        if index.get(node, -1) >= 0:
+            cell_of(index[node], output)
+    return Plan(route_of(found) if not goals else None, steps, leaves, size, size + len(beyond), beyond, narrow)
+
+
+def _single(step: Step) -> bool:
+    return sum(cell >= 0 for cell in step.targets) == 1
+
+
+def _rule_for(root: Node, node: Node) -> Rule:
+    rule = find_rule(node)
+    if rule is None:
+        raise no_rule(root, node)
+    return rule
+
+
+def _inside_network(found: Trace, rules: list[Rule | None]) -> list[bool]:
+    """For each node, whether a parameterised operation lies between it and the loss."""
+    nodes, index, edges = found.nodes, found.index, found.edges
+    below = [[index[child] for child, _, _ in edges[node] if index[child] >= 0] for node in nodes]
+    parameter = [False] * len(nodes)  # a wanted leaf, or views and casts of one
+    for position in reversed(range(len(nodes))):
+        rule = rules[position]
+        parameter[position] = rule is None or (rule.view and any(parameter[child] for child in below[position]))
+    inside = [False] * len(nodes)
+    for position, rule in enumerate(rules):
+        if rule is None:
+            continue
+        if inside[position] or (not rule.view and any(parameter[child] for child in below[position])):
+            for child in below[position]:
+                inside[child] = True
+    return inside
+
+
+class _Joiner:
+    """Finds the elementwise operations of a graph that are carried together; see :mod:`.elementwise`."""
+
+    def __init__(self, found: Trace, rules: list[Rule | None], inside: list[bool], outside: set[Node]) -> None:
+        self._found = found
+        self._rules = rules
+        self._inside = inside
+        self._outside = outside
+        self._consumers: list[list[int]] | None = None
+
+    def ending_in(self, position: int) -> Composite | None:
+        nodes, index, edges = self._found.nodes, self._found.index, self._found.edges
+
+        def partials(below: int) -> PartialsRule | None:
+            rule = self._rules[below]
+            # Gauss-Newton keeps or drops the second derivative of a composite as a whole.
+            if rule is None or (below != position and nodes[below] in self._outside):
+                return None
+            return rule.partials if self._inside[below] == self._inside[position] else None
+
+        inputs = [edge for edge in edges[nodes[position]] if index[edge[0]] >= 0]
+        if len(set(inputs)) == len(inputs) and not any(partials(index[child]) for child, _, _ in inputs):
+            return None
+        if self._consumers is None:
+            self._consumers = [[] for _ in nodes]
+            for user, node in enumerate(nodes):
+                for child, _, _ in edges[node]:
+                    if index[child] >= 0:
+                        self._consumers[index[child]].append(user)
+        return find_composite(self._found, position, partials, self._consumers)
+
+
+class PlanCache:
+    """Plans of the structures met lately, by what can be told of a graph before walking it."""
+
+    def __init__(self, per_key: int = 4, keys: int = 64) -> None:
+        self._plans: dict[Any, list[Plan]] = {}
+        self._per_key = per_key
+        self._keys = keys
+        on_registration(self.clear)
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._plans.clear()
+
+    def find(self, key: Any, root: Node, leaves: Container[int] | None) -> tuple[Plan, list[Node], list[Any]] | None:
+        """A plan that fits this graph, with its nodes by position and their ``next_functions``."""
+        plans = self._plans.get(key)
+        if plans is None:
+            return None
+        for i, plan in enumerate(plans):
+            found = follow(plan.route, root, leaves) if plan.route is not None else None
+            if found is not None:
+                if i:
+                    plans.insert(0, plans.pop(i))
+                return plan, *found
+        return None
+
+    def add(self, key: Any, plan: Plan) -> None:
+        """Keeps a plan if its graph can be recognised again."""
+        if plan.route is None:
+            return
+        if key not in self._plans and len(self._plans) >= self._keys:
+            self._plans.pop(next(iter(self._plans)))
+        plans = self._plans.setdefault(key, [])
+        plans.insert(0, plan)
+        del plans[self._per_key :]
