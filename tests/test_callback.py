@@ -522,3 +522,21 @@ def test_a_parameter_that_one_process_does_not_use_has_the_same_diagonal_on_both
     for ours, theirs in zip(*ranks, strict=True):
         assert_same(ours, theirs, rtol=0, atol=0)
         assert all(h is not None and h.abs().sum() > 0 for h in ours)
+
+
+def test_a_trainer_of_the_old_namespace_works():
+    old = pytest.importorskip("pytorch_lightning")
+
+    class Old(old.LightningModule):
+        training_step, configure_optimizers = Classifier.training_step, Classifier.configure_optimizers
+
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net, self.optimizer = net, AdaHesScale
+
+    nets = make_net(), make_net()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = old.Trainer(max_epochs=1, callbacks=[HesScaleCallback()], enable_model_summary=False, **quiet)
+    trainer.fit(Old(nets[0]), make_loader(make_batches(4)))
+    fit(Classifier(nets[1]), make_batches(4), HesScaleCallback())
+    assert all(torch.equal(p, q) for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
