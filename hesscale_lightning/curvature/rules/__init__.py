@@ -1,1 +1,14 @@
-from hesscale_lightning.curvature.rules import arithmetic, linear, losses, normalization, pointwise, reduction, softmax
+from hesscale_lightning.curvature.rules import (
+    arithmetic,
+    convolution,
+    copy_slices,
+    indexing,
+    linear,
+    losses,
+    normalization,
+    pointwise,
+    pooling,
+    reduction,
+    shape,
+    softmax,
+)
