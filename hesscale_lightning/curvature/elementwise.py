@@ -143,10 +143,9 @@ def find_composite(
         if plain and partials(current) is not None:
             taken.add(current)
             candidates |= {index[child] for child, _, _ in edges[node]} - {-1}
-    members = sorted(taken, reverse=True)
+    members = _until_paths_have_met(found, sorted(taken))[::-1]
     place = {member: k for k, member in enumerate(members)}
     sources: dict[Edge, int] = {}
-    uses = 0
     described = []
     for member in members:
         wiring: list[int | None] = []
@@ -158,11 +157,29 @@ def find_composite(
                 wiring.append(place[below])
             else:
                 wiring.append(~sources.setdefault(edge, len(sources)))
-                uses += 1
         rule = partials(member)
         assert rule is not None
         described.append(Member(member, rule, [entry is not None for entry in wiring], wiring))
-    return Composite(described, list(sources)) if uses > len(sources) else None
+    return Composite(described, list(sources)) if members else None
+
+
+def _until_paths_have_met(found: Trace, taken: Sequence[int]) -> list[int]:
+    """The upper part of ``taken`` that is worth joining: down to the one tensor where all paths have met; else all.
+
+    Returns nothing if no two paths meet.
+    """
+    nodes, index, edges = found.nodes, found.index, found.edges
+    open_ends: set[Edge] = set()
+    met = False
+    for k, member in enumerate(taken):
+        open_ends -= {edge for edge in open_ends if index[edge[0]] == member}
+        for edge in edges[nodes[member]]:
+            if index[edge[0]] >= 0:
+                met = met or edge in open_ends
+                open_ends.add(edge)
+        if met and len(open_ends) == 1:
+            return list(taken[: k + 1])
+    return list(taken) if met else []
 
 
 def composite_formula(composite: Composite, operations: Sequence[Operation]) -> Formula:
