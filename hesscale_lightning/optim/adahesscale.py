@@ -10,7 +10,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from hesscale_lightning.optim.curvature_average import Denominator, refresh_averages
 from hesscale_lightning.optim.diagonals import clear_diagonals, missing_diagonal_error, peek_diagonal, state_dtype
-from hesscale_lightning.optim.gradient_rescaling import GradientProbe, gradient_rescaling, place_probes
+from hesscale_lightning.optim.gradient_rescaling import GradientRescaling, GroupScale
 from hesscale_lightning.optim.hyperparameters import check_options, learning_rate, use_foreach
 from hesscale_lightning.optim.normalized_update import Batch, UpdateRule, normalized_update
 from hesscale_lightning.optim.tensor_lists import add_one, beside, multiply, subtract
@@ -31,6 +31,8 @@ class _Averaging(Batch):
     diagonals: list[Tensor] = field(default_factory=list)
 
 
+_NO_AVERAGE = (0.0, 0.0)  # decayed sum of clipping factors, and of their weights
+
 _Gathered = list[tuple[Tensor, Tensor, Tensor | None]]  # parameter, gradient, new diagonal
 
 
@@ -42,7 +44,7 @@ class _GroupStep:
     rule: UpdateRule
     lr: float | Tensor
     scale: float | Tensor
-    grad_scale: float | Tensor
+    grad_scale: GroupScale
 
 
 class AdaHesScale(Optimizer):
@@ -70,13 +72,18 @@ class AdaHesScale(Optimizer):
     also if only ``model.zero_grad()`` is called. ``zero_grad`` of this class drops diagonals that were not taken. In a
     step without new diagonals (curvature every k steps) the running average stands as it is and does not decay.
 
-    **Gradient clipping and loss scaling** multiply :math:`g` and not :math:`h`. The factor is found by comparing, on
-    two small parameters per group, the gradient's norm at the step with the one that backward delivered, and the
-    diagonals are multiplied by the same factor, as if the loss itself had been rescaled. ``clip_grad_norm_``,
-    ``GradScaler.unscale_`` and a division by the number of accumulated batches are all covered. ``delta`` is then in
-    units of the rescaled loss. Where gradients do not share one factor (``clip_grad_value_``, a sum over processes) the
-    diagonals are left alone, and ``stats["grad_scale"]`` is 1. Code that rescales or reduces the *diagonals* itself
-    calls :meth:`record_gradients` afterwards.
+    **Gradient clipping** multiplies :math:`g` and not :math:`h`, and would shorten every step by its factor. The factor
+    :math:`c_t` is found by comparing, on two small parameters per group, the gradient's norm at the step with the one
+    that backward delivered, and :math:`m` is divided by the running average of :math:`c_t` with :math:`\beta_1`. The
+    gradient average is then one of unclipped gradients with weights :math:`c_t`: clipping weakens unusual batches
+    against others, which is its purpose, and does not change the learning rate. ``clip_grad_norm_`` and a division of
+    the gradients by the number of accumulated batches are covered; where gradients do not share one factor
+    (``clip_grad_value_``) nothing is done.
+
+    **Loss scaling.** A :class:`torch.amp.GradScaler` unscales gradients only. When it calls ``step``, the factor
+    between backward and step is applied to the diagonals instead, which includes clipping: ``delta`` is then in units
+    of the loss as clipping rescales it. Code that unscales or reduces diagonals itself calls :meth:`record_gradients`
+    afterwards, in every step.
 
     Args:
         params: parameters, named parameters, or param groups; every option below can be set per group.
@@ -93,7 +100,7 @@ class AdaHesScale(Optimizer):
             at learning rates far too high.
         lr_scale: multiplies ``lr``. It is an option of its own so that a group keeps its factor when a scheduler or
             Stable-Baselines3 overwrites ``lr`` (default: 1.0).
-        follow_grad_scale: apply to diagonals the factor by which gradients were multiplied (default: True).
+        compensate_clipping: divide the gradient average by the average clipping factor (default: True).
         maximize: maximise the objective (default: False).
         foreach: use multi-tensor kernels; None uses them unless a parameter is of a tensor subclass (default: None).
         capturable: keep step counters on the parameters' device and never read them on the host, as graph capture
@@ -134,7 +141,7 @@ class AdaHesScale(Optimizer):
         max_update: float | None = 10.0,
         delta: float | None = 1e-4,
         lr_scale: float = 1.0,
-        follow_grad_scale: bool = True,
+        compensate_clipping: bool = True,
         maximize: bool = False,
         foreach: bool | None = None,
         capturable: bool = False,
@@ -148,13 +155,13 @@ class AdaHesScale(Optimizer):
             "max_update": max_update,
             "delta": delta,
             "lr_scale": lr_scale,
-            "follow_grad_scale": follow_grad_scale,
+            "compensate_clipping": compensate_clipping,
             "maximize": maximize,
             "foreach": foreach,
             "capturable": capturable,
         }
         check_options(defaults)
-        self._probes: list[list[GradientProbe]] = []
+        self._rescaling = GradientRescaling()
         self._latest: list[_GroupStep] = []
         self._buffers: dict[Tensor, Tensor] = {}
         super().__init__(params, defaults)
@@ -163,15 +170,17 @@ class AdaHesScale(Optimizer):
         """Add a param group; options it does not set are the optimizer's defaults."""
         check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        self._probes.append(place_probes(self.param_groups[-1]["params"]))
+        self.param_groups[-1].setdefault("clipping_average", _NO_AVERAGE)
+        self._rescaling.add_group(self.param_groups[-1])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+            group.setdefault("clipping_average", _NO_AVERAGE)
         # Hooks, and what was noted from the latest step, are not part of a copy or checkpoint.
-        self._probes = [place_probes(group["params"]) for group in self.param_groups]
+        self._rescaling = GradientRescaling(self.param_groups)
         self._latest = []
         self._buffers = {}
 
@@ -200,13 +209,17 @@ class AdaHesScale(Optimizer):
     def record_gradients(self) -> None:
         """Declare that gradients and diagonals, as they are now, belong to the same loss.
 
-        Only a factor that gradients are multiplied by after this call is applied to the diagonals. To be called by code
-        that has rescaled or reduced the diagonals itself (a callback that divides them by a loss scale or averages them
-        over processes), after the gradients were unscaled or reduced and before they are clipped.
+        To be called in every step by code that unscales or reduces the diagonals itself (a callback that divides them
+        by a loss scale or averages them over processes), after gradients were unscaled and reduced too and before they
+        are clipped. What multiplies the gradients after this call is taken for clipping.
         """
-        for probes in self._probes:
-            for probe in probes:
-                probe.note()
+        self._rescaling.record()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # The question that a GradScaler asks right before it calls step is the only sign that there is a loss scale.
+        self._rescaling.scaler_asked = True
+        return False
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -235,8 +248,8 @@ class AdaHesScale(Optimizer):
                 loss = closure()
         gathered = [self._gather(index) for index in range(len(self.param_groups))]
         self._latest = [
-            self._update_group(group, probes, found)
-            for group, probes, found in zip(self.param_groups, self._probes, gathered, strict=True)
+            self._update_group(group, scale, found)
+            for group, scale, found in zip(self.param_groups, self._rescaling.take(), gathered, strict=True)
         ]
         return loss
 
@@ -257,17 +270,17 @@ class AdaHesScale(Optimizer):
             found.append((param, grad, diagonal))
         return found
 
-    def _update_group(self, group: dict[str, Any], probes: list[GradientProbe], found: _Gathered) -> _GroupStep:
-        rescaling = gradient_rescaling(probes)
-        refreshing = any(diagonal is not None for _, _, diagonal in found)
-        grad_scale = rescaling if refreshing and group["follow_grad_scale"] else 1.0
+    def _update_group(self, group: dict[str, Any], grad_scale: GroupScale, found: _Gathered) -> _GroupStep:
         beta1, beta2 = group["betas"]
         delta = group["delta"]
-        rule = UpdateRule(beta1, beta2, group["eps"], group["denominator"], group["max_update"], delta is not None)
+        clipping = _average_clipping(group, grad_scale.clipping) if found else 1.0
+        rule = UpdateRule(
+            beta1, beta2, group["eps"], group["denominator"], group["max_update"], delta is not None, clipping
+        )
         lr = learning_rate(group)
         foreach = use_foreach(group["foreach"], (param for param, _, _ in found))
 
-        batches = self._average(group, found, grad_scale, foreach)
+        batches = self._average(group, found, grad_scale.unscaling, foreach)
         updates = [normalized_update(batch, rule, foreach=foreach, buffers=self._buffers) for batch in batches]
         scale: float | Tensor = 1.0
         if delta is not None and updates:
@@ -282,7 +295,7 @@ class AdaHesScale(Optimizer):
         return _GroupStep(batches, rule, lr, scale, grad_scale)
 
     def _average(
-        self, group: dict[str, Any], found: _Gathered, grad_scale: float | Tensor, foreach: bool
+        self, group: dict[str, Any], found: _Gathered, unscaling: float | Tensor, foreach: bool
     ) -> list[_Averaging]:
         """Count the step, move the running averages, consume the diagonals, and sort the tensors into batches."""
         on_device = group["capturable"] or torch.compiler.is_compiling()
@@ -317,7 +330,7 @@ class AdaHesScale(Optimizer):
             else:
                 for average, grad in zip(batch.grad_averages, grads, strict=True):
                     average.lerp_(grad, 1 - beta1)
-            factor = beside(grad_scale, batch.params[0])
+            factor = beside(unscaling, batch.params[0])
             refresh_averages(batch.refreshed, batch.diagonals, beta2, group["denominator"], factor, foreach=foreach)
             # The record of the latest step refers to the batch and must not keep these alive.
             batch.grads, batch.refreshed, batch.diagonals = [], [], []
@@ -341,8 +354,7 @@ class AdaHesScale(Optimizer):
         With several param groups every name is followed by ``/`` and the group's index.
 
         - ``scale``: the trust region's factor, 1 where it did not bind.
-        - ``grad_scale``: the factor by which gradients had been multiplied since backward, also applied to the
-        diagonals.
+        - ``clipping``: the factor by which gradients had been multiplied since backward, apart from a loss scale.
         - ``mean_abs_update``: mean absolute change of a parameter, without weight decay.
         - ``predicted_decrease``: fall of the quadratic model along the step, ``-(sum(g u) + sum(D u^2) / 2)``; left out
           if gradients are gone. With ``maximize`` it is the predicted rise.
@@ -352,9 +364,23 @@ class AdaHesScale(Optimizer):
         )
 
 
+@torch._disable_dynamo
+def _average_clipping(group: dict[str, Any], clipping: float | Tensor) -> float | Tensor:
+    """The running average of clipping factors after this step, with the gradient average's decay and correction."""
+    if not group["compensate_clipping"]:
+        return 1.0
+    beta = group["betas"][0]
+    total, weight = group["clipping_average"]
+    total = beta * beside(total, clipping) + (1 - beta) * clipping
+    weight = beta * weight + (1 - beta)
+    group["clipping_average"] = (total, weight)
+    average: float | Tensor = total / weight
+    return average
+
+
 @torch.no_grad()
 def _describe(latest: _GroupStep, group: dict[str, Any]) -> dict[str, Any]:
-    statistics: dict[str, Any] = {"scale": latest.scale, "grad_scale": latest.grad_scale}
+    statistics: dict[str, Any] = {"scale": latest.scale, "clipping": latest.grad_scale.clipping}
     foreach = use_foreach(group["foreach"], (p for batch in latest.batches for p in batch.params))
     grads: list[Tensor | None] = []
     steps: list[Tensor] = []
@@ -367,7 +393,7 @@ def _describe(latest: _GroupStep, group: dict[str, Any]) -> dict[str, Any]:
         along = along + beside(update.curvature_along * size * size, along)
     if steps:
         statistics["mean_abs_update"] = mean_abs(steps)
-        decrease = predicted_decrease(grads, steps, along)
+        decrease = predicted_decrease(grads, steps, along, latest.grad_scale.clipping)
         if decrease is not None:
             statistics["predicted_decrease"] = decrease
     return statistics

@@ -1,18 +1,22 @@
 """Find the factor by which gradients were multiplied between backward and step.
 
 ``torch.nn.utils.clip_grad_norm_`` and ``GradScaler.unscale_`` multiply every gradient by one factor and know nothing of
-the Hessian diagonal. The step g/h would silently shrink by that factor. Both quantities are linear in the loss, so the
-consistent treatment is to multiply the diagonal by the same factor, as if the loss itself had been rescaled.
+the Hessian diagonal, so a step g/h would silently shrink by that factor.
 
 The factor is found from a fingerprint. Hooks on two small parameters of each param group note the norm of the gradient
 that backward delivered (the accumulated one, so several backward passes are no special case); ``step`` compares it with
 the norm it finds. The factor is believed only if it is the same on every parameter that tells something, and only for
-the very tensor that was noted; in doubt it is 1, which leaves the diagonal alone.
+the very tensor that was noted; in doubt it is 1, which leaves everything as it is.
+
+What to do with it depends on what it is. A *clipping* factor weakens a batch against other batches; the diagonal is
+still that of the loss. A *loss scale* is in the diagonal too and has to leave it. Norms cannot tell the two apart, but
+a ``GradScaler`` asks an optimizer for ``_step_supports_amp_scaling`` before it steps, and that question is noted.
 """
 
 import math
 import weakref
 from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +25,51 @@ from hesscale_lightning.optim.diagonals import state_dtype
 
 PROBES_PER_GROUP = 2
 _AGREEMENT = 1e-3  # largest relative difference at which two probes still tell the same factor
+
+
+class GroupScale(NamedTuple):
+    """How one param group's gradients were rescaled since backward.
+
+    Attributes:
+        clipping: factor that reached the gradients and is none of the diagonals' business.
+        unscaling: factor by which the diagonals still have to be multiplied, as the gradients were.
+    """
+
+    clipping: float | Tensor
+    unscaling: float | Tensor
+
+
+class GradientRescaling:
+    """Watches the gradients of all param groups of one optimizer.
+
+    Args:
+        param_groups: the groups to watch at first.
+    """
+
+    def __init__(self, param_groups: Iterable[dict[str, Any]] = ()) -> None:
+        self._probes = [place_probes(group["params"]) for group in param_groups]
+        self.scaler_asked = False  # a GradScaler is about to call step
+
+    def add_group(self, group: dict[str, Any]) -> None:
+        """Watch one more group."""
+        self._probes.append(place_probes(group["params"]))
+
+    def record(self) -> None:
+        """Note all gradients as they are now, and that the diagonals belong to them as they are."""
+        for probes in self._probes:
+            for probe in probes:
+                probe.note(recorded=True)
+
+    @torch._disable_dynamo
+    def take(self) -> list[GroupScale]:
+        """The factors of each group since backward or :meth:`record`; they can be taken once."""
+        scaled, self.scaler_asked = self.scaler_asked, False
+        scales = []
+        for probes in self._probes:
+            recorded = any(probe.recorded for probe in probes)
+            factor = gradient_factor(probes)
+            scales.append(GroupScale(1.0, factor) if scaled and not recorded else GroupScale(factor, 1.0))
+        return scales
 
 
 class GradientProbe:
@@ -37,6 +86,7 @@ class GradientProbe:
         self.param = param
         self.grad: Tensor | None = None
         self.norm: Tensor | None = None
+        self.recorded = False
         probe = weakref.ref(self)
 
         def note(_: Tensor) -> None:
@@ -47,19 +97,19 @@ class GradientProbe:
         handle = param.register_post_accumulate_grad_hook(note)
         weakref.finalize(self, handle.remove)
 
-    def note(self) -> None:
-        """Note the gradient as it is now."""
+    def note(self, recorded: bool = False) -> None:
+        """Note the gradient as it is now, either because backward delivered it or because it was ``recorded``."""
         grad = self.param.grad
-        if grad is None or grad.is_sparse:
-            self.grad = self.norm = None
-            return
-        self.grad = grad
-        self.norm = _norm(grad)
+        self.grad = self.norm = None
+        self.recorded = recorded
+        if grad is not None and not grad.is_sparse:
+            self.grad, self.norm = grad, _norm(grad)
 
     def take(self) -> tuple[Tensor, Tensor] | None:
         """The norms (noted, now), or None if the gradient at hand is not the tensor that was noted; drops the note."""
         grad, norm = self.grad, self.norm
         self.grad = self.norm = None
+        self.recorded = False
         if grad is None or norm is None or self.param.grad is not grad:
             return None
         return norm, _norm(grad)
@@ -76,8 +126,8 @@ def place_probes(params: Sequence[Tensor]) -> list[GradientProbe]:
     return [GradientProbe(p) for p in sorted(trainable, key=Tensor.numel)[:PROBES_PER_GROUP]]
 
 
-def gradient_rescaling(probes: Iterable[GradientProbe]) -> float | Tensor:
-    """The common factor of all gradients since backward, or 1 if the probes know none or disagree.
+def gradient_factor(probes: Iterable[GradientProbe]) -> float | Tensor:
+    """The common factor of all gradients since they were noted, or 1 if the probes know none or disagree.
 
     Returns:
         A float where the gradients lie on the CPU, else a scalar tensor on their device, so that nothing waits.

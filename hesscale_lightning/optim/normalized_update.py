@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hesscale_lightning.optim.tensor_lists import as_operand, inner_product, sum_of_scalars
+from hesscale_lightning.optim.tensor_lists import as_operand, beside, inner_product, sum_of_scalars
 
 _SMALL = 1 << 16  # entries; below, a kernel's call costs more than its work
 
@@ -46,7 +46,10 @@ class Batch:
 
 
 class UpdateRule(NamedTuple):
-    """The hyperparameters of the normalised update, of one param group."""
+    """The hyperparameters of the normalised update, of one param group.
+
+    ``clipping`` is the average factor by which the gradients were clipped; m is divided by it.
+    """
 
     beta1: float
     beta2: float
@@ -54,6 +57,7 @@ class UpdateRule(NamedTuple):
     denominator: str
     max_update: float | None
     measure_curvature: bool
+    clipping: float | Tensor = 1.0
 
 
 class Update(NamedTuple):
@@ -89,6 +93,10 @@ def normalized_update(
         eps, gain = rule.eps * root, root / (1 - rule.beta1**steps)
         unit = (gain / root) ** 2 if rule.denominator == "sqrt_abs" else gain**2 / root
         m, v = batch.grad_averages, batch.curvature_averages
+    if isinstance(rule.clipping, Tensor):
+        m = [average / beside(rule.clipping, average) for average in m]
+    else:
+        gain, unit = gain / rule.clipping, unit / rule.clipping**2
     bound = None if rule.max_update is None else rule.max_update / gain
     large = m[0].is_cpu and sum(average.numel() for average in m) > _SMALL
     if foreach and not large:

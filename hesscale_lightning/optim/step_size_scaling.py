@@ -10,7 +10,7 @@ from torch.optim.optimizer import Optimizer, StateDict
 from hesscale_lightning.optim.adahesscale import AdaHesScale
 from hesscale_lightning.optim.curvature_average import Denominator, refresh_averages
 from hesscale_lightning.optim.diagonals import clear_diagonals, missing_diagonal_error, peek_diagonal, state_dtype
-from hesscale_lightning.optim.gradient_rescaling import GradientProbe, gradient_rescaling, place_probes
+from hesscale_lightning.optim.gradient_rescaling import GradientRescaling, GroupScale
 from hesscale_lightning.optim.hyperparameters import check_denominator
 from hesscale_lightning.optim.tensor_lists import beside, inner_product, sum_of_scalars
 from hesscale_lightning.optim.trust_region import (
@@ -30,7 +30,7 @@ class _GroupStep(NamedTuple):
     back: list[Tensor]
     scale: float | Tensor
     curvature_along: float | Tensor
-    grad_scale: float | Tensor
+    grad_scale: GroupScale
     maximize: bool
 
 
@@ -59,8 +59,6 @@ class StepSizeScaling(Optimizer):
         beta: decay rate of the curvature average, which counts only steps with a new diagonal (default: 0.999).
         denominator: how the average is formed, "rms" (root of the average square) or "abs" (average absolute value)
             (default: "rms").
-        follow_grad_scale: multiply a diagonal by the factor by which the gradients were multiplied since backward; see
-            :class:`AdaHesScale` (default: True).
 
     Raises:
         TypeError: if ``optimizer`` cannot be wrapped.
@@ -87,7 +85,6 @@ class StepSizeScaling(Optimizer):
     delta: float
     beta: float
     denominator: str
-    follow_grad_scale: bool
     curvature: dict[Tensor, dict[str, Tensor]]
 
     def __init__(
@@ -97,7 +94,6 @@ class StepSizeScaling(Optimizer):
         *,
         beta: float = 0.999,
         denominator: Denominator = "rms",
-        follow_grad_scale: bool = True,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
@@ -117,7 +113,6 @@ class StepSizeScaling(Optimizer):
                 "delta": delta,
                 "beta": beta,
                 "denominator": denominator,
-                "follow_grad_scale": follow_grad_scale,
                 "curvature": {},
             }
         )
@@ -138,7 +133,7 @@ class StepSizeScaling(Optimizer):
         return self.optimizer.state
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("optimizer", "delta", "beta", "denominator", "follow_grad_scale", "curvature")
+        names = ("optimizer", "delta", "beta", "denominator", "curvature")
         return {name: self.__dict__[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -153,10 +148,9 @@ class StepSizeScaling(Optimizer):
 
     def _reset_groups(self) -> None:
         self._latest: list[_GroupStep] = []
-        self._probes: list[list[GradientProbe]] = []
+        self._rescaling = GradientRescaling(self.param_groups)
         for group in self.param_groups:
             group.setdefault("scaling_delta", self.delta)
-            self._probes.append(place_probes(group["params"]))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group to the wrapped optimizer; it may set its own ``scaling_delta``."""
@@ -173,9 +167,13 @@ class StepSizeScaling(Optimizer):
 
         See :meth:`AdaHesScale.record_gradients`.
         """
-        for probes in self._probes:
-            for probe in probes:
-                probe.note()
+        self._rescaling.record()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # A GradScaler's question; see AdaHesScale.
+        self._rescaling.scaler_asked = True
+        return False
 
     def state_dict(self) -> StateDict:
         """The wrapped optimizer's state dict with the curvature averages as entry ``step_size_scaling``."""
@@ -215,7 +213,7 @@ class StepSizeScaling(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         moving = [self._gather(index) for index in range(len(self.param_groups))]
-        grad_scales = [gradient_rescaling(probes) for probes in self._probes]
+        grad_scales = self._rescaling.take()
         for params in moving:
             for param in params:
                 if param not in self._buffers:
@@ -223,7 +221,7 @@ class StepSizeScaling(Optimizer):
                 self._buffers[param].copy_(param)
         self.optimizer.step()
         self._latest = [
-            self._scale_group(group, params, grad_scale if self.follow_grad_scale else 1.0)
+            self._scale_group(group, params, grad_scale)
             for group, params, grad_scale in zip(self.param_groups, moving, grad_scales, strict=True)
         ]
         return loss
@@ -240,9 +238,9 @@ class StepSizeScaling(Optimizer):
             moving.append(param)
         return moving
 
-    def _scale_group(self, group: dict[str, Any], params: list[Tensor], grad_scale: float | Tensor) -> _GroupStep:
+    def _scale_group(self, group: dict[str, Any], params: list[Tensor], grad_scale: GroupScale) -> _GroupStep:
         back = [self._buffers[param].sub_(param) for param in params]
-        self._refresh(params, grad_scale)
+        self._refresh(params, grad_scale.unscaling)
         terms = [self._curvature_along(param, step) for param, step in zip(params, back, strict=True)]
         along = sum_of_scalars([term.to(terms[0].device) for term in terms])
         scale = trust_region_scale(group["scaling_delta"], along)
@@ -252,7 +250,7 @@ class StepSizeScaling(Optimizer):
                 param.add_(step * (1 - beside(scale, param)))
         return _GroupStep(params, back, scale, along, grad_scale, bool(group.get("maximize", False)))
 
-    def _refresh(self, params: list[Tensor], grad_scale: float | Tensor) -> None:
+    def _refresh(self, params: list[Tensor], unscaling: float | Tensor) -> None:
         for param in params:
             diagonal = peek_diagonal(param)
             if diagonal is None:
@@ -267,7 +265,7 @@ class StepSizeScaling(Optimizer):
                 [diagonal],
                 self.beta,
                 self.denominator,
-                beside(grad_scale, param),
+                beside(unscaling, param),
                 foreach=False,
             )
             param.hess_diag = None  # type: ignore[attr-defined]
@@ -290,14 +288,14 @@ class StepSizeScaling(Optimizer):
 
 @torch.no_grad()
 def _describe(latest: _GroupStep) -> dict[str, Any]:
-    statistics: dict[str, Any] = {"scale": latest.scale, "grad_scale": latest.grad_scale}
+    statistics: dict[str, Any] = {"scale": latest.scale, "clipping": latest.grad_scale.clipping}
     if latest.params:
         steps = [step * -latest.scale for step in latest.back]
         statistics["mean_abs_update"] = mean_abs(steps)
         along = latest.curvature_along * latest.scale * latest.scale
         sign = -1 if latest.maximize else 1
         grads = [None if param.grad is None else param.grad * sign for param in latest.params]
-        decrease = predicted_decrease(grads, steps, along)
+        decrease = predicted_decrease(grads, steps, along, latest.grad_scale.clipping)
         if decrease is not None:
             statistics["predicted_decrease"] = decrease
     return statistics

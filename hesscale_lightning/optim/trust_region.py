@@ -25,13 +25,16 @@ def trust_region_scale(delta: float, curvature_along: float | Tensor) -> float |
     return min(1.0, math.sqrt(2 * delta / curvature_along)) if curvature_along > 0 else 1.0
 
 
-def predicted_decrease(grads: Sequence[Tensor | None], steps: Sequence[Tensor], curvature_along: Any) -> Tensor | None:
+def predicted_decrease(
+    grads: Sequence[Tensor | None], steps: Sequence[Tensor], curvature_along: Any, clipping: float | Tensor = 1.0
+) -> Tensor | None:
     """How far the quadratic model falls along a step: ``-(sum(g u) + sum(D u^2) / 2)``.
 
     Args:
         grads: gradients g; None as an entry makes the answer None.
         steps: what was added to the parameters, u.
         curvature_along: ``sum(D u^2)``.
+        clipping: factor by which the gradients were multiplied, to be undone.
     """
     total: Tensor | None = None
     for grad, step in zip(grads, steps, strict=True):
@@ -39,7 +42,7 @@ def predicted_decrease(grads: Sequence[Tensor | None], steps: Sequence[Tensor], 
             return None
         term = (grad.to(step.dtype) * step).sum()
         total = term if total is None else total + term.to(total.device)
-    return None if total is None else -(total + curvature_along / 2)
+    return None if total is None else -(total / clipping + curvature_along / 2)
 
 
 def mean_abs(steps: Sequence[Tensor]) -> Tensor:

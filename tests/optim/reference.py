@@ -20,6 +20,7 @@ class ReferenceAdaHesScale:
     v: list[Tensor] = field(default_factory=list)
     steps: int = 0
     refreshes: list[int] = field(default_factory=list)
+    clipping: float = 0.0
     scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -28,13 +29,14 @@ class ReferenceAdaHesScale:
         self.v = [torch.zeros_like(p) for p in self.params]
         self.refreshes = [0] * len(self.params)
 
-    def step(self, grads: list[Tensor], diagonals: list[Tensor | None]) -> None:
+    def step(self, grads: list[Tensor], diagonals: list[Tensor | None], clipping: float = 1.0) -> None:
         o = self.options
         beta1, beta2 = o.get("betas", (0.9, 0.999))
         eps, denominator = o.get("eps", 1e-8), o.get("denominator", "rms")
         max_update, delta = o.get("max_update", 10.0), o.get("delta", 1e-4)
         lr = float(o.get("lr", 3e-3)) * o.get("lr_scale", 1.0)
         self.steps += 1
+        self.clipping = beta1 * self.clipping + (1 - beta1) * clipping
         updates, curvatures = [], []
         for i, (g, h) in enumerate(zip(grads, diagonals, strict=True)):
             g = -g.double() if o.get("maximize", False) else g.double()
@@ -43,7 +45,8 @@ class ReferenceAdaHesScale:
                 h = h.double()
                 self.refreshes[i] += 1
                 self.v[i] = beta2 * self.v[i] + (1 - beta2) * (h**2 if denominator == "rms" else h.abs())
-            m_hat = self.m[i] / (1 - beta1**self.steps)
+            # without clipping self.clipping is the bias correction, 1 - beta1^t
+            m_hat = self.m[i] / self.clipping
             v_hat = self.v[i] / (1 - beta2 ** self.refreshes[i])
             divisor = (v_hat if denominator == "abs" else v_hat.sqrt()) + eps
             u = m_hat / divisor
