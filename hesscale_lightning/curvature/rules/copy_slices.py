@@ -32,7 +32,7 @@ def copy_slices(op: Operation) -> Formula:
     node, meta = op.node, op.node._input_metadata[0]
     shape, dtype, device = torch.Size(meta.shape), carried(meta.dtype), meta.device
     count = shape.numel()
-    need_y, need_x = op.needs[0], any(op.needs[1:])
+    inputs, need_y, need_x = len(op.needs), op.needs[0], any(op.needs[1:])
     half = meta.dtype in HALF or (need_x and op.input_meta(1)[0] in HALF)
     tolerance = 0.02 if half else 1e-5
 
@@ -95,6 +95,6 @@ def copy_slices(op: Operation) -> Formula:
         elif positions is not None:
             h_x = h[positions] if factor is None else h[positions] * factor
             h_x = h_x.sum_to_size(shape_x).to(dtype_x)  # x may have been broadcast
-        return h_y, h_x
+        return (h_y, h_x)[:inputs]
 
     return formula

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesscale_lightning.curvature.precision import squared
+from hesscale_lightning.curvature.precision import full, squared
 from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, register_rule
-from hesscale_lightning.curvature.rules.shape import as_inputs, signed
+from hesscale_lightning.curvature.rules.shape import as_inputs, carried, signed
 
 _aten = torch.ops.aten
 _index = _aten.index.Tensor  # the bindings of Tensor.__getitem__ take no list with gaps
@@ -364,7 +364,7 @@ _SUM, _MEAN, _MAX = 0, 1, 2
 
 @register_rule("EmbeddingBagBackward0")
 def embedding_bag(op: Operation) -> Formula:
-    """Sums, weighted sums ``sum_k s_k w_k``, means or maxima of rows of a table, bag by bag."""
+    """Sums ``y_b = sum_k s_k w_k`` (s may be one), means or maxima of rows of a table, bag by bag."""
     _refuse_what_is_no_gradient(op)
     node = op.node
     rows, offsets, bags, sizes, chosen = (
@@ -374,21 +374,28 @@ def embedding_bag(op: Operation) -> Formula:
     padding = signed(node._saved_padding_idx)
     need_table, need_scales = op.needs
     table: Any = node._saved_weight if need_scales else None
-    squared_sizes = sizes.clamp(min=1)[:, None] ** 2 if mode == _MEAN else None
-    if mode == _MEAN:
-        mode = _SUM
+    weights = None
+    if need_table and mode != _MAX:
+        s = torch.ones_like(rows, dtype=carried(op.input_meta(0)[0])) if scales is None else full(scales)
+        if mode == _MEAN:
+            s = s / sizes[bags]
+        weights, mode = _squared_coefficients(rows, bags, count, s), _SUM
 
     def formula(h: Tensor) -> Diagonals:
         h_table = h_scales = None
         if need_scales:
-            h_scales = _embedding_bag_per_sample_weights_backward(h, squared(table), rows, offsets, bags, mode, padding)
+            h_scales = _embedding_bag_per_sample_weights_backward(h, squared(table), rows, offsets, bags, _SUM, padding)
         if need_table:
-            if squared_sizes is not None:
-                h = h / squared_sizes
-            s = None if scales is None else squared(scales)
             h_table = _embedding_bag_backward(
-                h, rows, offsets, bags, sizes, chosen, count, False, mode, False, s, padding
+                h, rows, offsets, bags, sizes, chosen, count, False, mode, False, weights, padding
             )
         return h_table, h_scales
 
     return formula
+
+
+def _squared_coefficients(rows: Tensor, bags: Tensor, count: int, s: Tensor) -> Tensor:
+    """Weights that add up to ``(sum s)^2`` over the uses of one row in one bag, which squares alone would not."""
+    pairs, pair, uses = (bags * count + rows).unique(return_inverse=True, return_counts=True)
+    coefficients = s.new_zeros(pairs.shape).index_add_(0, pair, s)
+    return (coefficients.square() / uses)[pair]

@@ -179,7 +179,7 @@ def _squared_factors(
     """The (m, n) squared factors between m pixels of an axis and n interpolated ones, by interpolating unit vectors."""
     forward = _upsample[name]
     dims = next(int(c) for c in name if c.isdigit())
-    units = torch.eye(m, dtype=torch.float64).view(1, m, m, *[1] * (dims - 1))
-    rest = [None] * (dims - 1)
-    factors: Tensor = forward(units, [n, *[1] * (dims - 1)], align_corners, scale, *rest).view(m, n)
+    others = dims - 1
+    units = torch.eye(m, dtype=torch.float64).view(1, m, *[1] * others, m)
+    factors: Tensor = forward(units, [*[1] * others, n], align_corners, *[None] * others, scale).view(m, n)
     return factors.square().to(device, dtype)

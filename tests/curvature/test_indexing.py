@@ -1,0 +1,268 @@
+"""Picking and placing entries against dense derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hesscale_lightning.curvature import UnsupportedOperationError, attach, backward
+from tests.curvature.oracle import Case, check
+
+aten = torch.ops.aten
+ROWS = torch.tensor([0, 2, 2])
+COLUMNS = torch.tensor([1, 0, 1])
+DISTINCT = torch.tensor([2, 0])
+MASK = torch.tensor([[True, False, True, False], [False, False, True, True], [False, True, False, False]])
+PLACES = torch.tensor(
+    [[0, 2, 2, 1], [0, 1, 0, 1]]
+)  # of a (2, 4) source in a (3, 4) tensor, along dimension 0; one twice
+ONCE = torch.tensor([[0, 2, 2, 1], [1, 1, 0, 0]])
+TIES = torch.tensor([[1.0, 3.0, 3.0, 0.0], [2.0, 0.0, 0.0, 2.0], [3.0, 1.0, 3.0, 3.0]])
+TOKENS = torch.tensor([[1, 2, 1], [0, 1, 3]])
+OFFSETS = torch.tensor([0, 2, 2])
+
+
+PICKS = [
+    Case("rows", lambda x: x[ROWS], [(3, 4)], ["IndexBackward0"]),
+    Case("columns", lambda x: x[:, COLUMNS], [(3, 4)], ["IndexBackward0"]),
+    Case("rows and columns", lambda x: x[ROWS, COLUMNS], [(3, 4)], ["IndexBackward0"]),
+    Case("outer and inner", lambda x: x[ROWS, :, COLUMNS], [(3, 2, 4)], ["IndexBackward0"]),
+    Case("by a mask", lambda x: x[MASK], [(3, 4)], ["IndexBackward0"]),
+    Case("by a mask and an index", lambda x: x[MASK[0, :3], 1], [(3, 4)], ["IndexBackward0"]),
+    Case("none", lambda x: x[ROWS[:0]], [(3, 4)], ["IndexBackward0"]),
+    Case("unsafe index", lambda x: aten._unsafe_index(x, [None, COLUMNS]), [(3, 4)], ["UnsafeIndexBackward0"]),
+    Case("index select", lambda x: x.index_select(-1, ROWS), [(3, 4)], ["IndexSelectBackward0"]),
+    Case("index select of a number", lambda x: x.index_select(0, torch.tensor([0])), [()], ["IndexSelectBackward0"]),
+    Case(
+        "repeat interleave",
+        lambda x: x.repeat_interleave(torch.tensor([2, 0, 1]), 0),
+        [(3, 4)],
+        ["IndexSelectBackward0"],
+    ),
+    Case("gather", lambda x: x.gather(0, PLACES), [(3, 4)], ["GatherBackward0"]),
+    Case("gather of one action", lambda x: x.gather(-1, ROWS[:, None]), [(3, 4)], ["GatherBackward0"]),
+    Case("gather, sparse", lambda x: x.gather(0, PLACES, sparse_grad=True), [(3, 4)], ["GatherBackward0"]),
+    Case("take along dim", lambda x: x.take_along_dim(PLACES[:, :1], 0), [(3, 4)], ["GatherBackward0"]),
+    Case("take", lambda x: x.take(torch.tensor([[1, 1], [5, -1]])), [(3, 4)], ["TakeBackward0"]),
+    Case("masked select", lambda x: x.masked_select(MASK), [(3, 4)], ["MaskedSelectBackward0"]),
+    Case("masked select, broadcast mask", lambda x: x.masked_select(MASK[0]), [(3, 4)], ["MaskedSelectBackward0"]),
+    Case("masked select, broadcast input", lambda x: x.masked_select(MASK), [(4,)], ["MaskedSelectBackward0"]),
+    Case("where", lambda a, b: torch.where(MASK, a, b), [(3, 4), (3, 4)], ["WhereBackward0"]),
+    Case("where, broadcast", lambda a, b: torch.where(MASK[0], a, b), [(3, 1), ()], ["WhereBackward0"]),
+    Case("where or a number", lambda a: torch.where(MASK, a, 2.0), [(3, 4)], ["WhereBackward0"]),
+    Case("where not a number", lambda b: torch.where(MASK, 2.0, b), [(3, 4)], ["WhereBackward0"]),
+]
+
+VALUES = [
+    Case("max along dim", lambda x: x.max(-1)[0], [(3, 4)], ["MaxBackward0"]),
+    Case("max along dim, kept", lambda x: x.max(0, keepdim=True)[0], [(3, 4)], ["MaxBackward0"]),
+    Case("max along dim, ties", lambda x: x.max(1)[0], [TIES], ["MaxBackward0"]),
+    Case("max of a number", lambda x: x.max(0)[0], [()], ["MaxBackward0"]),
+    Case("min along dim", lambda x: x.min(0)[0], [(3, 4)], ["MinBackward0"]),
+    Case("median along dim", lambda x: x.median(1)[0], [(3, 4)], ["MedianBackward1"]),
+    Case("nanmedian along dim", lambda x: x.nanmedian(1)[0], [(3, 4)], ["NanmedianBackward1"]),
+    Case("mode", lambda x: x.mode(1)[0], [TIES], ["ModeBackward0"]),
+    Case("kthvalue", lambda x: x.kthvalue(2, 0)[0], [(3, 4)], ["KthvalueBackward0"]),
+    Case("topk", lambda x: x.topk(2, 0)[0], [(3, 4)], ["TopkBackward0"]),
+    Case("topk, ties", lambda x: x.topk(2)[0], [TIES], ["TopkBackward0"]),
+    Case("sort", lambda x: x.sort(0)[0], [(3, 4)], ["SortBackward0"]),
+    Case("sort of a number", lambda x: x.sort()[0], [()], ["SortBackward0"]),
+    Case("sort, stable", lambda x: x.sort(stable=True, descending=True)[0], [TIES], ["SortBackward1"]),
+    Case("cummax", lambda x: x.cummax(1)[0], [(3, 4)], ["CummaxBackward0"]),
+    Case("cummax, ties", lambda x: x.cummax(0)[0], [TIES], ["CummaxBackward0"]),
+    Case("cummin", lambda x: x.cummin(-1)[0], [(3, 4)], ["CumminBackward0"]),
+    Case("max", lambda x: x.max(), [(3, 4)], ["MaxBackward1"]),
+    Case("max, ties", lambda x: x.max(), [TIES], ["MaxBackward1"]),
+    Case("min", lambda x: x.min(), [(3, 4)], ["MinBackward1"]),
+    Case("min, ties", lambda x: x.min(), [TIES], ["MinBackward1"]),
+    Case("median", lambda x: x.median(), [(3, 4)], ["MedianBackward0"]),
+    Case("median, ties", lambda x: x.median(), [TIES], ["MedianBackward0"]),
+    Case("nanmedian", lambda x: x.nanmedian(), [(3, 4)], ["NanmedianBackward0"]),
+    Case("amax", lambda x: x.amax((0, -1)), [(3, 2, 4)], ["AmaxBackward0"]),
+    Case("amax, ties", lambda x: x.amax(1), [TIES], ["AmaxBackward0"]),
+    Case("amax, kept", lambda x: x.amax(1, keepdim=True), [TIES], ["AmaxBackward0"]),
+    Case("amax of all", lambda x: x.amax(), [TIES], ["AmaxBackward0"]),
+    Case("amin", lambda x: x.amin(-2), [(3, 2, 4)], ["AminBackward0"]),
+    Case("amin, ties", lambda x: x.amin(1), [TIES], ["AminBackward0"]),
+    Case("aminmax", lambda x: x.aminmax(dim=-1), [(3, 4)], ["AminmaxBackward0"]),
+    Case("aminmax, ties, kept", lambda x: x.aminmax(dim=0, keepdim=True), [TIES], ["AminmaxBackward0"]),
+    Case("aminmax of all", lambda x: x.aminmax(), [TIES], ["AminmaxBackward0"]),
+    Case("the min of aminmax", lambda x: x.aminmax(dim=1).min, [TIES], ["AminmaxBackward0"]),
+    Case("the max of aminmax", lambda x: x.aminmax(dim=1).max, [TIES], ["AminmaxBackward0"]),
+    Case("quantile", lambda x: x.quantile(0.3), [(3, 4)], ["SortBackward0", "GatherBackward0"]),
+]
+
+
+def put_in(x: Tensor, values: Tensor) -> Tensor:
+    y = x.clone()
+    y[DISTINCT, 1:3] = values
+    return y
+
+
+def fill_in(x: Tensor, value: Tensor) -> Tensor:
+    y = x.clone()
+    y[DISTINCT] = value
+    return y
+
+
+def scatter_reduce(reduce: str, include_self: bool = True) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, source: x.scatter_reduce(0, PLACES, source, reduce, include_self=include_self)
+
+
+def index_reduce(reduce: str, include_self: bool = True) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, source: x.index_reduce(0, ROWS, source, reduce, include_self=include_self)
+
+
+PLACEMENTS = [
+    Case("index put", lambda x, v: x.index_put((DISTINCT,), v), [(3, 4), (2, 4)], ["IndexPutBackward0"]),
+    Case("index put, broadcast", lambda x, v: x.index_put((DISTINCT,), v), [(3, 4), ()], ["IndexPutBackward0"]),
+    Case("index put by a mask", lambda x, v: x.index_put((MASK,), v), [(3, 4), (5,)], ["IndexPutBackward0"]),
+    Case(
+        "index put, accumulated",
+        lambda x, v: x.index_put((ROWS, COLUMNS), v, accumulate=True),
+        [(3, 4), (3,)],
+        ["IndexPutBackward0"],
+    ),
+    Case("setitem with rows", fill_in, [(3, 4), (2, 4)], ["IndexPutBackward0"]),
+    Case("setitem with one row", fill_in, [(3, 4), (1, 4)], ["IndexPutBackward0"]),
+    Case("setitem with a part of rows", put_in, [(3, 4), (2, 2)], ["torch::autograd::CopySlices"]),
+    Case(
+        "unsafe index put",
+        lambda x, v: aten._unsafe_index_put(x, [DISTINCT], v),
+        [(3, 4), (2, 4)],
+        ["UnsafeIndexPutBackward0"],
+    ),
+    Case(
+        "index put in place",
+        lambda x, v: aten._index_put_impl_(x.clone(), [ROWS], v, True),
+        [(3, 4), (3, 4)],
+        ["IndexPutImplBackward0"],
+    ),
+    Case("index add", lambda x, s: x.index_add(0, ROWS, s), [(3, 4), (3, 4)], ["IndexAddBackward0"]),
+    Case("index add, scaled", lambda x, s: x.index_add(-1, ROWS, s, alpha=3), [(2, 4), (2, 3)], ["IndexAddBackward0"]),
+    Case("index add to a number", lambda x, s: x.index_add(0, ROWS[:1], s), [(), ()], ["IndexAddBackward0"]),
+    Case("index copy", lambda x, s: x.index_copy(0, DISTINCT, s), [(3, 4), (2, 4)], ["IndexCopyBackward0"]),
+    Case("index fill", lambda x: x.index_fill(-1, ROWS, 2.0), [(3, 4)], ["IndexFillBackward0"]),
+    Case("index fill with a tensor", lambda x, v: x.index_fill(0, ROWS, v), [(3, 4), ()], ["IndexFillBackward1"]),
+    Case("scatter", lambda x, s: x.scatter(0, ONCE, s), [(3, 4), (2, 4)], ["ScatterBackward0"]),
+    Case("scatter a number", lambda x: x.scatter(0, PLACES, 2.0), [(3, 4)], ["ScatterBackward1"]),
+    Case("scatter add", lambda x, s: x.scatter_add(0, PLACES, s), [(3, 4), (2, 4)], ["ScatterAddBackward0"]),
+    Case("put", lambda x, s: x.put(torch.tensor([1, 5]), s), [(3, 4), (2,)], ["PutBackward0"]),
+    Case(
+        "put, accumulated",
+        lambda x, s: x.put(torch.tensor([1, 5, 1]), s, accumulate=True),
+        [(3, 4), (3,)],
+        ["PutBackward0"],
+    ),
+    Case("masked scatter", lambda x, s: x.masked_scatter(MASK, s), [(3, 4), (7,)], ["MaskedScatterBackward0"]),
+    *[
+        Case(
+            f"scatter {reduce}, {'self' if own else 'no self'}{', ties' if x is TIES else ''}",
+            scatter_reduce(reduce, own),
+            [x, TIES[1:] if x is TIES else (2, 4)],
+            ["ScatterReduceBackward0"],
+        )
+        for reduce in ("sum", "mean", "amax", "amin")
+        for own in (True, False)
+        for x in ((3, 4), TIES)
+    ],
+    *[
+        Case(
+            f"index reduce {reduce}, {'self' if own else 'no self'}{', ties' if x is TIES else ''}",
+            index_reduce(reduce, own),
+            [x, TIES if x is TIES else (3, 4)],
+            ["IndexReduceBackward0"],
+        )
+        for reduce in ("mean", "amax", "amin")
+        for own in (True, False)
+        for x in ((3, 4), TIES)
+    ],
+]
+
+
+def bags(mode: str, tokens: Tensor = TOKENS, **settings: Any) -> Callable[[Tensor], Tensor]:
+    return lambda table: F.embedding_bag(tokens, table, mode=mode, **settings)
+
+
+EMBEDDINGS = [
+    Case("embedding", lambda w: F.embedding(TOKENS, w), [(4, 3)], ["EmbeddingBackward0"]),
+    Case("embedding with padding", lambda w: F.embedding(TOKENS, w, padding_idx=1), [(4, 3)], ["EmbeddingBackward0"]),
+    Case("embedding with padding from the end", lambda w: F.embedding(TOKENS, w, -1), [(4, 3)], ["EmbeddingBackward0"]),
+    Case("sums of embeddings", bags("sum"), [(4, 3)], ["EmbeddingBagBackward0"]),
+    Case("means of embeddings", bags("mean"), [(4, 3)], ["EmbeddingBagBackward0"]),
+    Case("maxima of embeddings", bags("max"), [(4, 3)], ["EmbeddingBagBackward0"]),
+    *[
+        Case(f"{mode} of embeddings with padding", bags(mode, padding_idx=1), [(4, 3)], ["EmbeddingBagBackward0"])
+        for mode in ("sum", "mean", "max")
+    ],
+    *[
+        Case(
+            f"{mode} of embeddings by offsets, one bag empty",
+            bags(mode, TOKENS.view(-1), offsets=OFFSETS),
+            [(4, 3)],
+            ["EmbeddingBagBackward0"],
+        )
+        for mode in ("sum", "mean", "max")
+    ],
+    Case(
+        "weighted sums of embeddings",
+        lambda w, s: F.embedding_bag(TOKENS, w, mode="sum", per_sample_weights=s),
+        [(4, 3), (2, 3)],
+        ["EmbeddingBagBackward0"],
+    ),
+    Case(
+        "weighted sums of embeddings with padding",
+        lambda w, s: F.embedding_bag(TOKENS, w, mode="sum", per_sample_weights=s, padding_idx=1),
+        [(4, 3), (2, 3)],
+        ["EmbeddingBagBackward0"],
+    ),
+]
+
+
+@pytest.mark.parametrize("case", [*PICKS, *VALUES, *PLACEMENTS, *EMBEDDINGS], ids=lambda case: case.name)
+def test_rule_equals_dense_derivatives(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize(
+    ("operation", "reason"),
+    [
+        (lambda w: F.embedding(TOKENS, w, sparse=True), "sparse=False"),
+        (lambda w: F.embedding(TOKENS, w, scale_grad_by_freq=True), "scale_grad_by_freq"),
+        (lambda w: F.embedding_bag(TOKENS, w, mode="sum", sparse=True), "sparse=False"),
+        (lambda w: F.embedding_bag(TOKENS, w, mode="sum", scale_grad_by_freq=True), "scale_grad_by_freq"),
+        (lambda w: w.scatter_reduce(0, PLACES[:, :3], w, "prod"), "product"),
+    ],
+)
+def test_what_is_refused_says_why(operation: Callable[[Tensor], Tensor], reason: str) -> None:
+    w = torch.randn(4, 3, requires_grad=True)
+    with pytest.raises(UnsupportedOperationError, match=reason):
+        attach(operation(w).square().sum())
+
+
+def test_where_of_mixed_precision_gives_each_input_its_own() -> None:
+    w = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    x = torch.tensor([[3.0, 4.0]], dtype=torch.float64, requires_grad=True)
+    backward(torch.where(torch.tensor([True, False]), w @ torch.eye(2), x).pow(3).sum())
+    torch.testing.assert_close(w.hess_diag, torch.tensor([[6.0, 0.0]]))
+    torch.testing.assert_close(x.hess_diag, torch.tensor([[0.0, 24.0]], dtype=torch.float64))
+
+
+def test_half_precision_embedding_carries_single_precision() -> None:
+    w = torch.randn(4, 3, dtype=torch.bfloat16, requires_grad=True)
+    h = torch.tensor([1.001, 2.002, 3.003])
+    backward((F.embedding(TOKENS, w).float().square() * h / 2).sum())
+    torch.testing.assert_close(w.hess_diag, TOKENS.view(-1).bincount()[:, None] * h)
+
+
+def test_renormalised_embedding() -> None:
+    """``max_norm`` changes the table in place before it is read, which is no part of the graph."""
+    w = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    backward(F.embedding(TOKENS, w, max_norm=0.5).square().sum() / 2)
+    counts = TOKENS.view(-1).bincount().double()
+    torch.testing.assert_close(w.hess_diag, counts[:, None].expand(4, 3))
