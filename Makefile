@@ -43,8 +43,9 @@ type: $(STAMP)  ## check types
 
 check: lint type test  ## what CI checks: lint, types, tests
 
-bench: $(STAMP)  ## measure the cost of curvature
-	$(BIN)/python benchmarks/cost.py
+bench: $(STAMP)  ## measure the cost of curvature, in time and memory, and of an optimizer's step
+	$(BIN)/python -m benchmarks.curvature
+	$(BIN)/python -m benchmarks.optimizer_step
 
 clean:  ## remove what runs leave behind, keep .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis lightning_logs outputs

@@ -141,18 +141,16 @@ class HesScaleCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Turns what this process computed into the diagonal of the whole batch's loss, and logs it."""
-        if not self._refreshing:
-            return
         parameters = _parameters([optimizer])
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None:
+        if self._refreshing and scaler is not None:
             torch._foreach_mul_(_diagonals(parameters), 1.0 / scaler.get_scale())
-        if trainer.world_size > 1:
+        if self._refreshing and trainer.world_size > 1:
             self._reduce(trainer, parameters)
         if (scaler is not None or trainer.world_size > 1) and hasattr(optimizer, "record_gradients"):
-            # AdaHesScale scales the diagonal as it finds the gradient scaled since backward. Up to here that is done.
+            # Our optimizers compare each gradient with what backward left; up to here its changes are accounted for.
             optimizer.record_gradients()
-        if self._log_is_due(trainer):
+        if self._refreshing and self._log_is_due(trainer):
             self._log(trainer, optimizer, _diagonals(parameters), finite_only=scaler is not None)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

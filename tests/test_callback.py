@@ -162,13 +162,17 @@ def scaled_precision(scale: float) -> pl.plugins.MixedPrecision:
     return pl.plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
 
 
+@pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("optimizer", [AdaHesScale, torch.optim.Adam])
-def test_the_loss_scale_of_16_mixed_is_taken_out_of_the_diagonal(optimizer):
+def test_the_loss_scale_of_16_mixed_is_taken_out_of_the_diagonal(optimizer, every):
     results = {}
     for scale in (1.0, 256.0):
         net = make_net()
         recorder, _ = fit(
-            Classifier(net, optimizer), make_batches(4), HesScaleCallback(), plugins=[scaled_precision(scale)]
+            Classifier(net, optimizer),
+            make_batches(4),
+            HesScaleCallback(every_n_steps=every),
+            plugins=[scaled_precision(scale)],
         )
         results[scale] = (recorder.diagonals[0], [p.detach() for p in net.parameters()])
     assert_same(results[256.0][0], results[1.0][0], rtol=0.02, atol=1e-5)
