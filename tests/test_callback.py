@@ -7,7 +7,12 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -333,6 +338,41 @@ def test_a_step_that_does_not_log_does_not_wait_for_the_device():
     fit(Classifier(make_net()), make_batches(2), Hooks(log_every_n_steps=2))
     assert calls[0] == []
     assert "aten::stack" in calls[1]
+
+
+def test_early_stopping_and_checkpoints_can_follow_the_curvature(tmp_path):
+    logger, batches = ListLogger(), make_batches(3)
+    keep = ModelCheckpoint(tmp_path, monitor="curvature/mean_abs")
+    stop = EarlyStopping("curvature/mean_abs", stopping_threshold=1e9, check_on_train_epoch_end=True)
+    curvature = HesScaleCallback(log_every_n_steps=1)
+    options = {"max_epochs": 5, "enable_checkpointing": True, "logger": logger}
+    _, trainer = fit(Classifier(make_net()), batches, curvature, keep, stop, **options)
+    assert trainer.global_step == 3  # the first epoch was good enough
+    assert keep.best_model_score.item() == pytest.approx(logger.curvature()[2]["curvature/mean_abs"])
+
+
+def test_the_learning_rate_monitor_reads_adahesscale():
+    logger = ListLogger()
+    monitor = LearningRateMonitor(log_momentum=True, log_weight_decay=True)
+    fit(Classifier(make_net()), make_batches(2), HesScaleCallback(), monitor, logger=logger, log_every_n_steps=1)
+    optimizer = AdaHesScale(make_net().parameters()).defaults
+    expected = {
+        "lr-AdaHesScale": optimizer["lr"],
+        "lr-AdaHesScale-momentum": optimizer["betas"][0],
+        "lr-AdaHesScale-weight_decay": optimizer["weight_decay"],
+    }
+    assert expected in [record for _, record in logger.records]
+
+
+def test_averaged_weights_are_the_same_with_and_without_the_callback():
+    def averaged(*callbacks: pl.Callback) -> list[Tensor]:
+        net = make_net()
+        average = StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=1)
+        model = Classifier(net, lambda params: torch.optim.SGD(params, lr=0.5))
+        fit(model, make_batches(4), average, *callbacks, max_epochs=4)
+        return [p.detach().clone() for p in model.parameters()]
+
+    assert_same(averaged(HesScaleCallback()), averaged(), rtol=0, atol=0)
 
 
 # -- what is left behind, what is refused
