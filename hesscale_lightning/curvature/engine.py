@@ -42,6 +42,8 @@ _SWEEP_EVERY = 4  # gradients between sweeps: one long sweep is faster than many
 _FOREIGN = torch.empty((), requires_grad=True).expand(1).grad_fn
 _plans = PlanCache()
 _will_execute = torch._C._will_engine_execute_node
+# Below autograd nothing is recorded, as under no_grad, and every operation takes one dispatch less.
+_without_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", torch.no_grad)
 
 # A step: formula, whether it takes the gradient, the cell of each input (-1: not wanted), which inputs are to be transposed
 # (None: none), the cells of its outputs if it has several, the node's name. Cells hold the curvature that has arrived so
@@ -53,7 +55,7 @@ class Attachment:
     """One armed backward pass. It is spent when that pass ends; :meth:`remove` disarms it earlier."""
 
     __slots__ = (
-        "__weakref__", "_cells", "_device_type", "_gradients", "_handles", "_kept", "_lock", "_next", "_sinks", "_started",
+        "__weakref__", "_cells", "_device_type", "_gradients", "_handles", "_inner", "_leaves", "_lock", "_next", "_started",
         "_steps",
     )  # fmt: skip
 
@@ -62,8 +64,8 @@ class Attachment:
         self._steps: list[_Step | None] = []  # in the order of backward; None: nothing to do, or done
         self._gradients: list[Any] = []  # for each step: _AWAITED, or what its formula takes as g
         self._cells: list[Any] = []
-        self._sinks: list[tuple[int, Node, Tensor]] = []  # cell, node and tensor of each diagonal to write
-        self._kept: set[int] = set()  # cells of inner tensors, read again at the end
+        self._leaves: list[tuple[int, Node]] = []  # cell and node of each leaf that receives a diagonal
+        self._inner: dict[int, tuple[Node, Tensor]] = {}  # node and tensor of each other tensor that does, by cell
         self._handles: list[Any] = []
         self._next = 0
         self._started = False
@@ -82,13 +84,15 @@ class Attachment:
         self._steps = []
         self._gradients.clear()  # in place: the hooks share it
         self._cells = []
-        self._sinks = []
+        self._leaves = []
+        self._inner = {}
 
     def _begin(self) -> bool:
         """Called by the first hook of a backward pass. False: this pass does not accumulate gradients."""
         if not _will_execute(_FOREIGN):  # only some nodes run
             try:
-                self._sinks = [sink for sink in self._sinks if _will_execute(sink[1])]
+                self._leaves = [leaf for leaf in self._leaves if _will_execute(leaf[1])]
+                self._inner = {cell: sink for cell, sink in self._inner.items() if _will_execute(sink[0])}
             except RuntimeError:
                 return False  # torch.autograd.grad(): stay armed for the backward() to come
         self._started = True
@@ -97,7 +101,7 @@ class Attachment:
 
     def _sweep(self, final: bool) -> None:
         """Carries curvature down the graph until a step still waits for its gradient."""
-        steps, gradients, cells, kept = self._steps, self._gradients, self._cells, self._kept
+        steps, gradients, cells, inner = self._steps, self._gradients, self._cells, self._inner
         for i in range(self._next, len(steps)):
             step = steps[i]
             if step is None:
@@ -112,7 +116,7 @@ class Attachment:
             formula, curved, targets, transposed, outputs, name = step
             if outputs is None:
                 h = cells[i]
-                if i not in kept:
+                if i not in inner:
                     cells[i] = None
                 if g is not None:
                     g = g[0]
@@ -123,7 +127,7 @@ class Attachment:
                     g = _full_precision(g)
                 h = tuple([cells[cell] for cell in outputs])
                 for cell in outputs:
-                    if cell not in kept:
+                    if cell not in inner:
                         cells[cell] = None
                 if all([part is None for part in h]):
                     h = None
@@ -136,7 +140,7 @@ class Attachment:
                 raise
             if transposed is not None:
                 results = [r.t() if t and r is not None else r for r, t in zip(results, transposed, strict=True)]
-            if len(results) != len(targets):
+            elif len(results) != len(targets):
                 raise RuntimeError(
                     f"the rule for {name} returned {len(results)} curvatures for {len(targets)} inputs; it must return one "
                     "(or None) for each entry of node.next_functions"
@@ -149,34 +153,46 @@ class Attachment:
 
     def _run(self, final: bool = False) -> None:
         if torch.is_autocast_enabled(self._device_type):
-            with torch.autocast(self._device_type, enabled=False), torch.no_grad():
-                self._sweep(final)
-        elif torch.is_grad_enabled():
-            with torch.no_grad():
+            with torch.autocast(self._device_type, enabled=False), _without_autograd():
                 self._sweep(final)
         else:
-            self._sweep(final)
+            with _without_autograd():
+                self._sweep(final)
 
     def _write(self) -> None:
-        """Adds what arrived at each sink to its ``hess_diag``, in memory of its own, laid out like the tensor."""
+        """Adds what arrived at each wanted tensor to its ``hess_diag``, in memory of its own, laid out like the tensor."""
         cells = self._cells
         taken: set[int] = set()
-        for cell, _, tensor in self._sinks:
+        wanted = [(cell, node.variable) for cell, node in self._leaves]
+        if self._inner:
+            wanted += [(cell, tensor) for cell, (_, tensor) in self._inner.items()]
+        for cell, tensor in wanted:
             h = cells[cell]
-            dtype = tensor.dtype if tensor.dtype not in HALF else torch.float32
             if h is None:
-                h = torch.zeros_like(tensor, dtype=dtype, requires_grad=False)
-            elif not h.is_same_size(tensor):
-                raise RuntimeError(
-                    f"curvature of shape {tuple(h.shape)} arrived at a tensor of shape {tuple(tensor.shape)}: "
-                    "a rule on the way returned the wrong shape"
-                )
-            elif h._base is not None or id(h) in taken or h.dtype is not dtype or h.stride() != tensor.stride():
-                h = torch.empty_like(tensor, dtype=dtype, requires_grad=False).copy_(h)
+                h = torch.zeros_like(tensor, dtype=_diagonal_dtype(tensor), requires_grad=False)
             else:
-                taken.add(id(h))
+                address = h.data_ptr()
+                if (
+                    address in taken
+                    or h.stride() != tensor.stride()
+                    or h.dtype is not tensor.dtype
+                    or h.shape != tensor.shape
+                    or tensor.dtype in HALF
+                ):
+                    if h.shape != tensor.shape:
+                        raise RuntimeError(
+                            f"curvature of shape {tuple(h.shape)} arrived at a tensor of shape {tuple(tensor.shape)}: "
+                            "a rule on the way returned the wrong shape"
+                        )
+                    h = torch.empty_like(tensor, dtype=_diagonal_dtype(tensor), requires_grad=False).copy_(h)
+                else:
+                    taken.add(address)
             earlier = getattr(tensor, "hess_diag", None)
-            tensor.hess_diag = h if earlier is None else earlier + h  # type: ignore[attr-defined]
+            tensor.hess_diag = h if earlier is None else earlier + h
+
+
+def _diagonal_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.dtype in HALF else tensor.dtype
 
 
 def _full_precision(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
@@ -229,7 +245,7 @@ def _finish(ref: weakref.ref[Attachment]) -> None:
     if attachment is None or not attachment._started:
         return
     try:
-        with torch.no_grad():
+        with _without_autograd():
             attachment._run(final=True)
             attachment._write()
     except StopIteration as error:
@@ -342,19 +358,10 @@ def _root_of(loss: Tensor, method: str) -> Node:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss must be a torch.Tensor, got {type(loss).__name__}")
-    if not loss.requires_grad:
-        raise ValueError(
-            "the loss does not require grad, so there is no graph to read: was it computed under torch.no_grad(), "
-            "detached, or from parameters that are all frozen?"
-        )
-    if loss.numel() != 1:
-        raise ValueError(f"the loss must have one element, got shape {tuple(loss.shape)}: reduce it with mean() or sum()")
-    if loss.is_complex():
-        raise TypeError(f"the loss must be real, got {loss.dtype}")
     root = loss.grad_fn
-    if root is None:
-        raise ValueError("the loss is a leaf tensor: there is no operation between it and the parameters")
-    earlier = getattr(loss, _OWNER, None)
+    if root is None or loss.numel() != 1 or loss.dtype.is_complex:
+        raise _unsuitable(loss)
+    earlier = loss.__dict__.get(_OWNER)
     if earlier is not None and earlier.active:
         if not earlier._started:
             raise RuntimeError(
@@ -363,6 +370,19 @@ def _root_of(loss: Tensor, method: str) -> Node:
             )
         earlier.remove()  # its backward failed
     return root
+
+
+def _unsuitable(loss: Tensor) -> Exception:
+    if not loss.requires_grad:
+        return ValueError(
+            "the loss does not require grad, so there is no graph to read: was it computed under torch.no_grad(), "
+            "detached, or from parameters that are all frozen?"
+        )
+    if loss.numel() != 1:
+        return ValueError(f"the loss must have one element, got shape {tuple(loss.shape)}: reduce it with mean() or sum()")
+    if loss.is_complex():
+        return TypeError(f"the loss must be real, got {loss.dtype}")
+    return ValueError("the loss is a leaf tensor: there is no operation between it and the parameters")
 
 
 def _wanted(params: Iterable[Tensor] | None) -> dict[int, Tensor] | None:
@@ -422,21 +442,13 @@ def _arm(
         if curved and not inside:
             gradients[cell] = _AWAITED
             awaited.append(number)
-    sinks: list[tuple[int, Node, Tensor]] = []
-    for cell in plan.leaves:
-        variable = nodes[cell].variable
-        if variable.is_complex():
-            raise TypeError(f"complex parameters are not supported, got one of dtype {variable.dtype}")
-        sinks.append((cell, nodes[cell], variable))
     for (node, output), tensor in inner.items():
         if node in nodes:
             cell = nodes.index(node)
-            cell = cell if output == 0 else plan.beyond[(cell, output)]
-            attachment._kept.add(cell)
-            sinks.append((cell, node, tensor))
+            attachment._inner[cell if output == 0 else plan.beyond[(cell, output)]] = (node, tensor)
     attachment._steps = steps
     attachment._gradients = gradients
-    attachment._sinks = sinks
+    attachment._leaves = [(cell, nodes[cell]) for cell in plan.leaves]
     attachment._cells = [None] * plan.cells
 
     ref = weakref.ref(attachment)

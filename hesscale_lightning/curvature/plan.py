@@ -74,6 +74,7 @@ def make_plan(root: Node, found: Trace, goals: list[Output], method: str) -> Pla
 
     Raises:
         UnsupportedOperationError: An operation has no rule.
+        TypeError: A parameter is complex.
     """
     nodes, index, edges = found.nodes, found.index, found.edges
     rules = [None if type(node) is AccumulateGrad else _rule_for(root, node) for node in nodes]
@@ -91,6 +92,8 @@ def make_plan(root: Node, found: Trace, goals: list[Output], method: str) -> Pla
     narrow = -1
     for position, (node, rule) in enumerate(zip(nodes, rules, strict=True)):
         if rule is None:
+            if node.variable.is_complex():
+                raise TypeError(f"complex parameters are not supported, got one of dtype {node.variable.dtype}")
             leaves.append(position)
             continue
         if position in absorbed:
