@@ -8,12 +8,17 @@ import torch.nn.functional as F
 
 from tests.curvature.oracle import Case, check
 
+aten = torch.ops.aten
 AB = [(3, 4), (3, 4)]
 CASES = [
     Case("add", torch.add, AB, ["AddBackward0"]),
     Case("add broadcast", torch.add, [(3, 4), (4,)], ["AddBackward0"]),
     Case("add alpha", lambda a, b: torch.add(a, b, alpha=-0.5), [(3, 1), (2, 3, 4)], ["AddBackward0"]),
     Case("add number", lambda a: a + 2, [(3, 4)], ["AddBackward0"]),
+    Case("add overload for numbers", lambda a: aten.add.Scalar(a, 2.0, 3.0), [(3, 4)], ["AddBackward1"]),
+    Case("sub overload for numbers", lambda a: aten.sub.Scalar(a, 2.0, 3.0), [(3, 4)], ["SubBackward1"]),
+    Case("mul overload for numbers", lambda a: aten.mul.Scalar(a, 2.0), [(3, 4)], ["MulBackward1"]),
+    Case("div overload for numbers", lambda a: aten.div.Scalar(a, 2.0), [(3, 4)], ["DivBackward1"]),
     Case("sub", torch.sub, AB, ["SubBackward0"]),
     Case("sub alpha", lambda a, b: torch.sub(a, b, alpha=3), [(4,), (3, 4)], ["SubBackward0"]),
     Case("rsub", lambda a: 2 - a, [(3, 4)], ["RsubBackward1"]),

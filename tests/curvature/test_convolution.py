@@ -110,13 +110,20 @@ def test_rule_equals_dense_derivatives(case: Case) -> None:
     check(case)
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
-def test_onednn_called_by_its_name() -> None:
-    def operation(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return torch.mkldnn_convolution(x, w, b, (1, 0), (1, 2), (1, 1), 2)
+ONEDNN = [
+    Case(
+        "oneDNN by its name",
+        lambda x, w, b: torch.mkldnn_convolution(x, w, b, (1, 0), (1, 2), (1, 1), 2),
+        [(1, 4, 3, 4), (4, 2, 2, 2), (4,)],
+        ["MkldnnConvolutionBackward0"],
+    )
+]
 
-    shapes = [(1, 4, 3, 4), (4, 2, 2, 2), (4,)]
-    check(Case("oneDNN", operation, shapes, ["MkldnnConvolutionBackward0"]), torch.float32)
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
+@pytest.mark.parametrize("case", ONEDNN, ids=lambda case: case.name)
+def test_kernel_that_has_single_precision_only(case: Case) -> None:
+    check(case, torch.float32)
 
 
 def channels_last(x: Tensor, w: Tensor, b: Tensor) -> Tensor:

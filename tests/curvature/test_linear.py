@@ -17,6 +17,30 @@ CASES = [
     Case("linear", F.linear, [(3, 4), (2, 4), (2,)], ["AddmmBackward0", "TBackward0"]),
     Case("linear without bias", F.linear, [(3, 4), (2, 4)], ["MmBackward0", "TBackward0"]),
     Case("linear on one vector", F.linear, [(4,), (2, 4), (2,)]),
+    Case("linear on sequences", F.linear, [(2, 3, 4), (2, 4), (2,)], ["AddmmBackward0"]),
+    Case("matmul of sequences", torch.matmul, [(2, 3, 4), (4, 2)], ["MmBackward0"]),
+    Case("bmm", torch.bmm, [(2, 3, 4), (2, 4, 2)], ["BmmBackward0"]),
+    Case("broadcast matmul", torch.matmul, [(2, 1, 3, 4), (3, 4, 2)], ["BmmBackward0"]),
+    Case("baddbmm", torch.baddbmm, [(2, 3, 2), (2, 3, 4), (2, 4, 2)], ["BaddbmmBackward0"]),
+    Case(
+        "baddbmm scalars",
+        lambda c, a, b: torch.baddbmm(c, a, b, alpha=0.5, beta=3.0),
+        [(1, 3, 1), (2, 3, 4), (2, 4, 2)],
+        ["BaddbmmBackward0"],
+    ),
+    Case(
+        "addbmm",
+        lambda c, a, b: torch.addbmm(c, a, b, alpha=0.5, beta=3.0),
+        [(3, 1), (2, 3, 4), (2, 4, 2)],
+        ["AddbmmBackward0"],
+    ),
+    Case("mv", torch.mv, [(3, 4), (4,)], ["MvBackward0"]),
+    Case("addmv", lambda c, a, x: torch.addmv(c, a, x, alpha=0.5, beta=3.0), [(1,), (3, 4), (4,)], ["AddmvBackward0"]),
+    Case("addr", lambda c, a, b: torch.addr(c, a, b, alpha=0.5, beta=3.0), [(3, 1), (3,), (4,)], ["AddrBackward0"]),
+    Case("dot", torch.dot, [(4,), (4,)], ["DotBackward0"]),
+    Case("einsum", lambda a, b: torch.einsum("bij,kj->bik", a, b), [(2, 3, 4), (5, 4)], ["BmmBackward0"]),
+    Case("tensordot", lambda a, b: torch.tensordot(a, b, 2), [(2, 3, 4), (3, 4, 2)], ["MmBackward0"]),
+    Case("addmm of a scalar", torch.addmm, [(), (3, 4), (4, 2)], ["AddmmBackward0"]),
 ]
 
 

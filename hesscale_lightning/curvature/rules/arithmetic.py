@@ -54,10 +54,10 @@ def rsub(op: Operation) -> PartialsFunction:
     return lambda _: ((-alpha, 1.0), {})
 
 
-def _operand(x: Tensor | None) -> Tensor | float | None:
+def _operand(x: Tensor | float | None) -> Tensor | float | None:
     """A saved operand: a number, which torch saves as a tensor on the CPU, is a number again."""
-    if x is None:
-        return None
+    if not isinstance(x, Tensor):
+        return x
     if x.dim() == 0 and x.device.type == "cpu" and not x.requires_grad:
         return float(x)
     return full(x)

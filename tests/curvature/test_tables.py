@@ -1,0 +1,44 @@
+"""Every rule is proven by a case of a table, and listed in the documentation."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from hesscale_lightning.curvature import registered_rules
+from hesscale_lightning.curvature.operations import operations_table
+
+FAMILIES = sorted(path.stem for path in Path(__file__).parent.glob("test_*.py"))
+
+
+def proven() -> set[str]:
+    names: set[str] = set()
+    for family in FAMILIES:
+        module = importlib.import_module(f"tests.curvature.{family}")
+        for attribute in vars(module).values():
+            if isinstance(attribute, list):
+                for case in attribute:
+                    names.update(getattr(case, "nodes", ()))
+    return names
+
+
+def built_in() -> list[str]:
+    return [name for name, rule in registered_rules().items() if rule.build.__module__.startswith("hesscale_lightning")]
+
+
+@pytest.mark.parametrize("name", built_in())
+def test_rule_is_proven_by_a_case(name: str) -> None:
+    assert name in proven() | NOT_ON_CPU, f"{name} has a rule and no case: add one that names it to its family's table"
+
+
+#: Nodes that torch makes on other devices only; the formula is that of a node proven on the CPU.
+NOT_ON_CPU = {"CudnnBatchNormBackward0"}
+
+
+def test_documentation_lists_every_operation() -> None:
+    page = Path(__file__).parents[2] / "docs" / "operations.md"
+    assert operations_table() in page.read_text(), (
+        "docs/operations.md is not up to date: run python -m hesscale_lightning.curvature.operations --write"
+    )
