@@ -2,7 +2,8 @@
 
     python -m benchmarks.optimizer_step [--seconds 4] [--json FILE]
 
-Gradients and diagonals are there already; what is timed is ``step`` alone. "AdaHesScale, no trust region" is
+Gradients and diagonals are there already; what is timed is ``step`` and, for our optimizers, what their hooks on two
+parameters do during backward. "AdaHesScale, no trust region" is
 ``delta=None``. The refresh column is a step without a new diagonal, as most are with curvature every 10 steps.
 """
 
@@ -55,6 +56,8 @@ def stepper(sizes: list[int], name: str) -> Callable[[], None]:
             for p, h in zip(params, diagonals, strict=True):
                 p.hess_diag = h  # type: ignore[attr-defined]
             started = True
+        if isinstance(optimizer, AdaHesScale | StepSizeScaling):
+            optimizer.record_gradients()
         optimizer.step()
 
     return step

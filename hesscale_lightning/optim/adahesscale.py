@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
+from hesscale_lightning.optim.clipping_weights import CLIPPING_KEY, NO_CLIPPING, clipping_weights
 from hesscale_lightning.optim.curvature_average import Denominator, refresh_averages
 from hesscale_lightning.optim.diagonals import clear_diagonals, missing_diagonal_error, peek_diagonal, state_dtype
 from hesscale_lightning.optim.gradient_rescaling import GradientRescaling, GroupScale
 from hesscale_lightning.optim.hyperparameters import check_options, learning_rate, use_foreach
 from hesscale_lightning.optim.normalized_update import Batch, UpdateRule, normalized_update
-from hesscale_lightning.optim.tensor_lists import add_one, beside, multiply, subtract
+from hesscale_lightning.optim.tensor_lists import add_one, beside, multiply, never_compiled, subtract
 from hesscale_lightning.optim.trust_region import (
     flatten_statistics,
     mean_abs,
@@ -30,8 +31,6 @@ class _Averaging(Batch):
     refreshed: list[Tensor] = field(default_factory=list)
     diagonals: list[Tensor] = field(default_factory=list)
 
-
-_NO_AVERAGE = (0.0, 0.0)  # decayed sum of clipping factors, and of their weights
 
 _Gathered = list[tuple[Tensor, Tensor, Tensor | None]]  # parameter, gradient, new diagonal
 
@@ -74,11 +73,11 @@ class AdaHesScale(Optimizer):
 
     **Gradient clipping** multiplies :math:`g` and not :math:`h`, and would shorten every step by its factor. The factor
     :math:`c_t` is found by comparing, on two small parameters per group, the gradient's norm at the step with the one
-    that backward delivered, and :math:`m` is divided by the running average of :math:`c_t` with :math:`\beta_1`. The
-    gradient average is then one of unclipped gradients with weights :math:`c_t`: clipping weakens unusual batches
-    against others, which is its purpose, and does not change the learning rate. ``clip_grad_norm_`` and a division of
-    the gradients by the number of accumulated batches are covered; where gradients do not share one factor
-    (``clip_grad_value_``) nothing is done.
+    that backward delivered. It then becomes the weight of the batch in both averages, which are divided by the averages
+    of :math:`c_t` and :math:`c_t^2`: clipping weakens unusual batches against others, which is its purpose, and changes
+    neither the size of steps nor the units of ``delta``. ``clip_grad_norm_`` and a division of the gradients by the
+    number of accumulated batches are covered; where gradients do not share one factor (``clip_grad_value_``) nothing is
+    done.
 
     **Loss scaling.** A :class:`torch.amp.GradScaler` unscales gradients only. When it calls ``step``, the factor
     between backward and step is applied to the diagonals instead, which includes clipping: ``delta`` is then in units
@@ -100,7 +99,8 @@ class AdaHesScale(Optimizer):
             at learning rates far too high.
         lr_scale: multiplies ``lr``. It is an option of its own so that a group keeps its factor when a scheduler or
             Stable-Baselines3 overwrites ``lr`` (default: 1.0).
-        compensate_clipping: divide the gradient average by the average clipping factor (default: True).
+        compensate_clipping: take clipping factors for weights of the batches, instead of letting them shorten the step
+            (default: True).
         maximize: maximise the objective (default: False).
         foreach: use multi-tensor kernels; None uses them unless a parameter is of a tensor subclass (default: None).
         capturable: keep step counters on the parameters' device and never read them on the host, as graph capture
@@ -170,7 +170,7 @@ class AdaHesScale(Optimizer):
         """Add a param group; options it does not set are the optimizer's defaults."""
         check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        self.param_groups[-1].setdefault("clipping_average", _NO_AVERAGE)
+        self.param_groups[-1].setdefault(CLIPPING_KEY, NO_CLIPPING)
         self._rescaling.add_group(self.param_groups[-1])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -178,7 +178,7 @@ class AdaHesScale(Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-            group.setdefault("clipping_average", _NO_AVERAGE)
+            group.setdefault(CLIPPING_KEY, NO_CLIPPING)
         # Hooks, and what was noted from the latest step, are not part of a copy or checkpoint.
         self._rescaling = GradientRescaling(self.param_groups)
         self._latest = []
@@ -253,7 +253,7 @@ class AdaHesScale(Optimizer):
         ]
         return loss
 
-    @torch._disable_dynamo
+    @never_compiled
     def _gather(self, group_index: int) -> _Gathered:
         """Collect and check one group's gradients and diagonals, changing nothing."""
         group = self.param_groups[group_index]
@@ -273,14 +273,15 @@ class AdaHesScale(Optimizer):
     def _update_group(self, group: dict[str, Any], grad_scale: GroupScale, found: _Gathered) -> _GroupStep:
         beta1, beta2 = group["betas"]
         delta = group["delta"]
-        clipping = _average_clipping(group, grad_scale.clipping) if found else 1.0
+        clipping = grad_scale.clipping if group["compensate_clipping"] else 1.0
+        weights = clipping_weights(group, clipping, refreshing=any(h is not None for _, _, h in found))
         rule = UpdateRule(
-            beta1, beta2, group["eps"], group["denominator"], group["max_update"], delta is not None, clipping
+            beta1, beta2, group["eps"], group["denominator"], group["max_update"], delta is not None, weights
         )
         lr = learning_rate(group)
         foreach = use_foreach(group["foreach"], (param for param, _, _ in found))
 
-        batches = self._average(group, found, grad_scale.unscaling, foreach)
+        batches = self._average(group, found, clipping * beside(grad_scale.unscaling, clipping), foreach)
         updates = [normalized_update(batch, rule, foreach=foreach, buffers=self._buffers) for batch in batches]
         scale: float | Tensor = 1.0
         if delta is not None and updates:
@@ -295,7 +296,7 @@ class AdaHesScale(Optimizer):
         return _GroupStep(batches, rule, lr, scale, grad_scale)
 
     def _average(
-        self, group: dict[str, Any], found: _Gathered, unscaling: float | Tensor, foreach: bool
+        self, group: dict[str, Any], found: _Gathered, hess_factor: float | Tensor, foreach: bool
     ) -> list[_Averaging]:
         """Count the step, move the running averages, consume the diagonals, and sort the tensors into batches."""
         on_device = group["capturable"] or torch.compiler.is_compiling()
@@ -330,7 +331,7 @@ class AdaHesScale(Optimizer):
             else:
                 for average, grad in zip(batch.grad_averages, grads, strict=True):
                     average.lerp_(grad, 1 - beta1)
-            factor = beside(unscaling, batch.params[0])
+            factor = beside(hess_factor, batch.params[0])
             refresh_averages(batch.refreshed, batch.diagonals, beta2, group["denominator"], factor, foreach=foreach)
             # The record of the latest step refers to the batch and must not keep these alive.
             batch.grads, batch.refreshed, batch.diagonals = [], [], []
@@ -362,20 +363,6 @@ class AdaHesScale(Optimizer):
         return flatten_statistics(
             [_describe(latest, group) for latest, group in zip(self._latest, self.param_groups, strict=False)]
         )
-
-
-@torch._disable_dynamo
-def _average_clipping(group: dict[str, Any], clipping: float | Tensor) -> float | Tensor:
-    """The running average of clipping factors after this step, with the gradient average's decay and correction."""
-    if not group["compensate_clipping"]:
-        return 1.0
-    beta = group["betas"][0]
-    total, weight = group["clipping_average"]
-    total = beta * beside(total, clipping) + (1 - beta) * clipping
-    weight = beta * weight + (1 - beta)
-    group["clipping_average"] = (total, weight)
-    average: float | Tensor = total / weight
-    return average
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hesscale_lightning.optim.diagonals import state_dtype
+from hesscale_lightning.optim.tensor_lists import never_compiled
 
 PROBES_PER_GROUP = 2
 _AGREEMENT = 1e-3  # largest relative difference at which two probes still tell the same factor
@@ -60,7 +61,7 @@ class GradientRescaling:
             for probe in probes:
                 probe.note(recorded=True)
 
-    @torch._disable_dynamo
+    @never_compiled
     def take(self) -> list[GroupScale]:
         """The factors of each group since backward or :meth:`record`; they can be taken once."""
         scaled, self.scaler_asked = self.scaler_asked, False
@@ -116,7 +117,10 @@ class GradientProbe:
 
 
 def _norm(grad: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(grad.detach(), dtype=state_dtype(grad))
+    if grad.requires_grad:  # backward(create_graph=True)
+        grad = grad.detach()
+    dtype = state_dtype(grad)
+    norm: Tensor = torch.linalg.vector_norm(grad, dtype=None if dtype == grad.dtype else dtype)
     return norm
 
 

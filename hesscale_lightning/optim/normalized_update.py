@@ -1,15 +1,17 @@
 """From running averages to the normalised update of AdaHesScale, by multi-tensor kernels or tensor by tensor.
 
-With m the gradient average, v the curvature average, and their bias corrections b1 = 1 - beta1^t, b2 = 1 - beta2^n::
+With m the gradient average, v the curvature average, and b1, b2 the sums of the weights in them::
 
     u = clamp( (m / b1) / (root(v / b2) + eps), -max_update, max_update )
 
-where root is the square root ("rms", "sqrt_abs") or the identity ("abs"). The trust region also needs ``sum D u^2``.
-Its D is the curvature damped by eps, as in the denominator: the denominator itself, or its square for "sqrt_abs".
+where root is the square root ("rms", "sqrt_abs") or the identity ("abs"). Without clipping, b1 = 1 - beta1^t and
+b2 = 1 - beta2^n are Adam's bias corrections; clipped batches have smaller weights (see ``clipping_weights``). The
+trust region also needs ``sum D u^2``. Its D is the curvature damped by eps, as in the denominator: the denominator
+itself, or its square for "sqrt_abs".
 
-When the counts t and n are numbers on the host, the corrections are not applied to the tensors but folded into eps, the
-clamp and one factor: ``u = gain * clamp(m / (root(v) + eps c), max_update / gain)`` with ``c = root(b2)`` and
-``gain = c / b1``, which saves two passes over memory.
+When b1 and b2 are numbers on the host, they are not applied to the tensors but folded into eps, the clamp and one
+factor: ``u = gain * clamp(m / (root(v) + eps c), max_update / gain)`` with ``c = root(b2)`` and ``gain = c / b1``, which
+saves two passes over memory.
 """
 
 import math
@@ -19,9 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hesscale_lightning.optim.tensor_lists import as_operand, beside, inner_product, sum_of_scalars
-
-_SMALL = 1 << 16  # entries; below, a kernel's call costs more than its work
+from hesscale_lightning.optim.tensor_lists import as_operand, beside, inner_product, large_on_cpu, sum_of_scalars
 
 
 @dataclass(slots=True)
@@ -48,7 +48,7 @@ class Batch:
 class UpdateRule(NamedTuple):
     """The hyperparameters of the normalised update, of one param group.
 
-    ``clipping`` is the average factor by which the gradients were clipped; m is divided by it.
+    ``clipping`` holds the averages by which clipping has changed the weights of m and of v, (1, 1) without clipping.
     """
 
     beta1: float
@@ -57,7 +57,7 @@ class UpdateRule(NamedTuple):
     denominator: str
     max_update: float | None
     measure_curvature: bool
-    clipping: float | Tensor = 1.0
+    clipping: tuple[float | Tensor, float | Tensor] = (1.0, 1.0)
 
 
 class Update(NamedTuple):
@@ -83,22 +83,20 @@ def normalized_update(
     On the CPU large tensors are visited one by one in either case: multi-tensor kernels loop there as well, and keeping
     one denominator alive at a time instead of all of them halved the time at a million parameters.
     """
-    if batch.counts is None:
+    grad_clipping, curvature_clipping = rule.clipping
+    if batch.counts is None or isinstance(grad_clipping, Tensor) or isinstance(curvature_clipping, Tensor):
         eps, gain, unit = rule.eps, 1.0, 1.0
-        m = _corrected(batch.grad_averages, rule.beta1, batch.steps)
-        v = _corrected(batch.curvature_averages, rule.beta2, batch.refreshes)
+        steps, refreshes = batch.counts or (batch.steps, batch.refreshes)
+        m = _corrected(batch.grad_averages, rule.beta1, steps, grad_clipping)
+        v = _corrected(batch.curvature_averages, rule.beta2, refreshes, curvature_clipping)
     else:
-        steps, refreshes = batch.counts
-        root = 1 - rule.beta2**refreshes if rule.denominator == "abs" else (1 - rule.beta2**refreshes) ** 0.5
-        eps, gain = rule.eps * root, root / (1 - rule.beta1**steps)
+        weight = (1 - rule.beta2 ** batch.counts[1]) * curvature_clipping
+        root = weight if rule.denominator == "abs" else weight**0.5
+        eps, gain = rule.eps * root, root / ((1 - rule.beta1 ** batch.counts[0]) * grad_clipping)
         unit = (gain / root) ** 2 if rule.denominator == "sqrt_abs" else gain**2 / root
         m, v = batch.grad_averages, batch.curvature_averages
-    if isinstance(rule.clipping, Tensor):
-        m = [average / beside(rule.clipping, average) for average in m]
-    else:
-        gain, unit = gain / rule.clipping, unit / rule.clipping**2
     bound = None if rule.max_update is None else rule.max_update / gain
-    large = m[0].is_cpu and sum(average.numel() for average in m) > _SMALL
+    large = large_on_cpu(m)
     if foreach and not large:
         directions, along = _foreach(m, v, eps, bound, rule)
     else:
@@ -108,12 +106,20 @@ def normalized_update(
     return Update(directions, gain, along * unit)
 
 
-def _corrected(averages: list[Tensor], beta: float, counts: list[Tensor]) -> list[Tensor]:
-    """Bias-corrected averages, with counts that stay on the device."""
+def _corrected(
+    averages: list[Tensor], beta: float, counts: float | list[Tensor], clipping: float | Tensor
+) -> list[Tensor]:
+    """Averages divided by the sum of their weights, where that sum stays on the device."""
+    clipping = beside(clipping, averages[0])
+    if isinstance(counts, float):
+        return [average / ((1 - beta**counts) * clipping) for average in averages]
     if beta == 0:
-        return averages
+        return [average / clipping for average in averages]
     # expm1, because 1 - beta^n in float32 would lose four digits for n = 1 and beta = 0.999
-    return [average / -torch.expm1(count * math.log(beta)) for average, count in zip(averages, counts, strict=True)]
+    return [
+        average / (-torch.expm1(count * math.log(beta)) * clipping)
+        for average, count in zip(averages, counts, strict=True)
+    ]
 
 
 def _reserve(buffers: dict[Tensor, Tensor], params: list[Tensor], likes: list[Tensor]) -> list[Tensor]:

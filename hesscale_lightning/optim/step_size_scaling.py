@@ -11,8 +11,8 @@ from hesscale_lightning.optim.adahesscale import AdaHesScale
 from hesscale_lightning.optim.curvature_average import Denominator, refresh_averages
 from hesscale_lightning.optim.diagonals import clear_diagonals, missing_diagonal_error, peek_diagonal, state_dtype
 from hesscale_lightning.optim.gradient_rescaling import GradientRescaling, GroupScale
-from hesscale_lightning.optim.hyperparameters import check_denominator
-from hesscale_lightning.optim.tensor_lists import beside, inner_product, sum_of_scalars
+from hesscale_lightning.optim.hyperparameters import check_denominator, use_foreach
+from hesscale_lightning.optim.tensor_lists import add_one, beside, inner_product, large_on_cpu, sum_of_scalars
 from hesscale_lightning.optim.trust_region import (
     flatten_statistics,
     mean_abs,
@@ -215,10 +215,7 @@ class StepSizeScaling(Optimizer):
         moving = [self._gather(index) for index in range(len(self.param_groups))]
         grad_scales = self._rescaling.take()
         for params in moving:
-            for param in params:
-                if param not in self._buffers:
-                    self._buffers[param] = torch.empty_like(param, dtype=state_dtype(param))
-                self._buffers[param].copy_(param)
+            self._remember(params)
         self.optimizer.step()
         self._latest = [
             self._scale_group(group, params, grad_scale)
@@ -238,19 +235,38 @@ class StepSizeScaling(Optimizer):
             moving.append(param)
         return moving
 
+    def _remember(self, params: list[Tensor]) -> None:
+        """Copy the parameters as they are before the step."""
+        for param in params:
+            if param not in self._buffers:
+                self._buffers[param] = torch.empty_like(param, dtype=state_dtype(param))
+        if params:
+            torch._foreach_copy_([self._buffers[param] for param in params], params)
+
     def _scale_group(self, group: dict[str, Any], params: list[Tensor], grad_scale: GroupScale) -> _GroupStep:
-        back = [self._buffers[param].sub_(param) for param in params]
-        self._refresh(params, grad_scale.unscaling)
-        terms = [self._curvature_along(param, step) for param, step in zip(params, back, strict=True)]
-        along = sum_of_scalars([term.to(terms[0].device) for term in terms])
+        back = [self._buffers[param] for param in params]
+        along: float | Tensor = 0.0
+        for batch in _by_device_and_dtype(params):
+            self._refresh(batch, grad_scale.unscaling)
+            steps = [self._buffers[param] for param in batch]
+            if use_foreach(None, batch):
+                torch._foreach_sub_(steps, batch)
+            else:
+                for step, param in zip(steps, batch, strict=True):
+                    step.sub_(param)
+            part = self._curvature_along(batch, steps)
+            along = beside(along, part) + beside(part, along)
         scale = trust_region_scale(group["scaling_delta"], along)
         if isinstance(scale, Tensor) or scale < 1:
             for param, step in zip(params, back, strict=True):
                 # new + (1 - s) (old - new), which is exactly new where s = 1
-                param.add_(step * (1 - beside(scale, param)))
+                rest = 1 - beside(scale, param)
+                param.add_(step * rest) if isinstance(rest, Tensor) else param.add_(step, alpha=rest)
         return _GroupStep(params, back, scale, along, grad_scale, bool(group.get("maximize", False)))
 
     def _refresh(self, params: list[Tensor], unscaling: float | Tensor) -> None:
+        """Move the averages of parameters of one device and dtype, and consume their diagonals."""
+        states, diagonals = [], []
         for param in params:
             diagonal = peek_diagonal(param)
             if diagonal is None:
@@ -258,32 +274,50 @@ class StepSizeScaling(Optimizer):
             if param not in self.curvature:
                 average = torch.zeros_like(param, dtype=state_dtype(param), memory_format=torch.preserve_format)
                 self.curvature[param] = {"hess_step": torch.zeros(()), "exp_avg_hess": average}
-            state = self.curvature[param]
-            state["hess_step"] += 1
-            refresh_averages(
-                [state["exp_avg_hess"]],
-                [diagonal],
-                self.beta,
-                self.denominator,
-                beside(unscaling, param),
-                foreach=False,
-            )
+            states.append(self.curvature[param])
+            diagonals.append(diagonal)
             param.hess_diag = None  # type: ignore[attr-defined]
+        add_one([state["hess_step"] for state in states])
+        refresh_averages(
+            [state["exp_avg_hess"] for state in states],
+            diagonals,
+            self.beta,
+            self.denominator,
+            beside(unscaling, params[0]),
+            foreach=use_foreach(None, params),
+        )
 
-    def _curvature_along(self, param: Tensor, step: Tensor) -> Tensor:
-        """``sum D u^2`` of one parameter."""
-        state = self.curvature[param]
-        correction = 1 - self.beta ** state["hess_step"].item()
-        if self.denominator == "rms":
-            curvature, unit = state["exp_avg_hess"].sqrt(), correction**0.5
+    def _curvature_along(self, params: list[Tensor], steps: list[Tensor]) -> float | Tensor:
+        """``sum D u^2`` over parameters of one device and dtype."""
+        states = [self.curvature[param] for param in params]
+        units = [1 - self.beta ** state["hess_step"].item() for state in states]
+        averages = [state["exp_avg_hess"] for state in states]
+        rooted = self.denominator == "rms"
+        if rooted:
+            units = [unit**0.5 for unit in units]
+        if use_foreach(None, params) and not large_on_cpu(averages):
+            products = torch._foreach_sqrt(averages) if rooted else torch._foreach_abs(averages)
+            torch._foreach_mul_(products, steps)
+            torch._foreach_mul_(products, steps)
+            terms = list(torch._foreach_norm(products, 1))
         else:
-            curvature, unit = state["exp_avg_hess"], correction
-        return inner_product(curvature * step, step) / float(unit)
+            terms = [
+                inner_product((average.sqrt() if rooted else average.clone()).mul_(step), step)
+                for average, step in zip(averages, steps, strict=True)
+            ]
+        return sum_of_scalars([term / unit for term, unit in zip(terms, units, strict=True)])
 
     @property
     def stats(self) -> dict[str, Tensor]:
         """Scalar tensors that describe the latest step, named as in :attr:`AdaHesScale.stats`."""
         return flatten_statistics([_describe(latest) for latest in self._latest])
+
+
+def _by_device_and_dtype(params: list[Tensor]) -> list[list[Tensor]]:
+    batches: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for param in params:
+        batches.setdefault((param.device, param.dtype), []).append(param)
+    return list(batches.values())
 
 
 @torch.no_grad()

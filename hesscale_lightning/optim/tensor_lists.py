@@ -1,9 +1,32 @@
 """Small operations on scalars and lists of tensors that avoid both host synchronisation and needless overhead."""
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_SMALL = 1 << 16  # entries; below, a kernel's call costs more than its work
+
+
+def never_compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """``torch.compiler.disable`` without its cost when nothing is being compiled."""
+    disabled = torch.compiler.disable(function)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return disabled(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
+
+    return call
+
+
+def large_on_cpu(tensors: list[Tensor]) -> bool:
+    """Whether memory rather than the number of calls decides how long an operation on these tensors takes."""
+    return tensors[0].is_cpu and sum(tensor.numel() for tensor in tensors) > _SMALL
 
 
 def as_operand(value: float, like: Tensor) -> Any:

@@ -18,16 +18,15 @@ class ReferenceAdaHesScale:
     options: dict[str, Any]
     m: list[Tensor] = field(default_factory=list)
     v: list[Tensor] = field(default_factory=list)
-    steps: int = 0
-    refreshes: list[int] = field(default_factory=list)
-    clipping: float = 0.0
+    grad_weight: float = 0.0
+    hess_weight: list[float] = field(default_factory=list)
     scale: float = 1.0
 
     def __post_init__(self) -> None:
         self.params = [p.detach().double().clone() for p in self.params]
         self.m = [torch.zeros_like(p) for p in self.params]
         self.v = [torch.zeros_like(p) for p in self.params]
-        self.refreshes = [0] * len(self.params)
+        self.hess_weight = [0.0] * len(self.params)
 
     def step(self, grads: list[Tensor], diagonals: list[Tensor | None], clipping: float = 1.0) -> None:
         o = self.options
@@ -35,19 +34,19 @@ class ReferenceAdaHesScale:
         eps, denominator = o.get("eps", 1e-8), o.get("denominator", "rms")
         max_update, delta = o.get("max_update", 10.0), o.get("delta", 1e-4)
         lr = float(o.get("lr", 3e-3)) * o.get("lr_scale", 1.0)
-        self.steps += 1
-        self.clipping = beta1 * self.clipping + (1 - beta1) * clipping
+        self.grad_weight = beta1 * self.grad_weight + (1 - beta1) * clipping
         updates, curvatures = [], []
         for i, (g, h) in enumerate(zip(grads, diagonals, strict=True)):
             g = -g.double() if o.get("maximize", False) else g.double()
             self.m[i] = beta1 * self.m[i] + (1 - beta1) * g
             if h is not None:
-                h = h.double()
-                self.refreshes[i] += 1
+                h = h.double() * clipping
+                weight = clipping**2 if denominator == "rms" else clipping
+                self.hess_weight[i] = beta2 * self.hess_weight[i] + (1 - beta2) * weight
                 self.v[i] = beta2 * self.v[i] + (1 - beta2) * (h**2 if denominator == "rms" else h.abs())
-            # without clipping self.clipping is the bias correction, 1 - beta1^t
-            m_hat = self.m[i] / self.clipping
-            v_hat = self.v[i] / (1 - beta2 ** self.refreshes[i])
+            # without clipping the sums of weights are the bias corrections, 1 - beta^t
+            m_hat = self.m[i] / self.grad_weight
+            v_hat = self.v[i] / self.hess_weight[i]
             divisor = (v_hat if denominator == "abs" else v_hat.sqrt()) + eps
             u = m_hat / divisor
             updates.append(u if max_update is None else u.clamp(-max_update, max_update))

@@ -26,8 +26,10 @@ def rescale(params: Params, factor: float) -> None:
 
 
 @pytest.mark.parametrize("max_norm", [1e-6, 1e-3, 0.5, 1e9])
-@pytest.mark.parametrize("options", [{}, {"foreach": False}, {"capturable": True}, {"delta": None}])
-def test_clipping_weights_the_gradients_of_the_average(max_norm: float, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"foreach": False}, {"capturable": True}, {"denominator": "abs"}, {"denominator": "sqrt_abs"}]
+)
+def test_clipping_factors_are_the_weights_of_the_averages(max_norm: float, options: dict[str, Any]) -> None:
     params = make_params(torch.float64)
     optimizer = AdaHesScale(params, lr=0.1, **options)
     reference = ReferenceAdaHesScale(list(params), {"lr": 0.1, **options})
@@ -61,6 +63,30 @@ def test_a_constant_clipping_factor_changes_nothing() -> None:
         results.append([*params, optimizer.stats["predicted_decrease"]])
     for plain, clipped in zip(*results, strict=True):
         torch.testing.assert_close(plain, clipped, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": False}, {"denominator": "abs"}, {"delta": 1e-3}])
+def test_factors_that_stay_on_the_device_give_the_same_steps(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an accelerator a factor is a tensor that must not be read; here it is one on the CPU."""
+    results = []
+    for on_device in (False, True):
+        if on_device:
+            monkeypatch.setattr(
+                "hesscale_lightning.optim.gradient_rescaling._factor_on_host",
+                lambda norms: torch.tensor(_factor_on_host(norms)),
+            )
+        params = make_params(torch.float64)
+        optimizer = AdaHesScale(params, lr=0.1, weight_decay=0.1, **options)
+        for step in range(5):
+            optimizer.zero_grad()
+            quadratic_backward(params)
+            torch.nn.utils.clip_grad_norm_(params, 0.1 * (1 + step))
+            optimizer.step()
+        results.append(params)
+    for host, device in zip(*results, strict=True):
+        torch.testing.assert_close(host, device, rtol=1e-5, atol=1e-6)
 
 
 def test_without_compensation_clipping_shortens_the_step_by_its_factor() -> None:
@@ -133,7 +159,7 @@ def test_the_average_of_clipping_factors_is_part_of_the_checkpoint() -> None:
     optimizer.step()
     other = AdaHesScale(make_params())
     other.load_state_dict(optimizer.state_dict())
-    assert other.param_groups[0]["clipping_average"] == pytest.approx((0.05, 0.1))
+    assert other.param_groups[0]["clipping_average"] == pytest.approx((0.05, 0.1, 0.00025, 0.001))
 
 
 def uneven(params: Params) -> None:
