@@ -9,8 +9,18 @@ The console script ``hesscale`` is the same command.
 
 import warnings
 
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
+
+
+class SaveConfigBesideLog(SaveConfigCallback):
+    """Saves the whole config of a run as ``config.yaml`` beside its log; without a logger it has no folder to save in."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save the config, if there is a log to save it beside."""
+        # Lightning would write to the working directory, over a config.yaml that is there.
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
 
 
 class HesScaleCLI(LightningCLI):
@@ -29,8 +39,8 @@ class HesScaleCLI(LightningCLI):
             subclass_mode_data=True,
             # A model takes its optimizer as an argument: one place to choose it.
             auto_configure_optimizers=False,
-            # The same run again is not an error.
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveConfigBesideLog,
+            save_config_kwargs={"overwrite": True},  # the same run again is not an error
             seed_everything_default=0,
             parser_kwargs={
                 "prog": "hesscale",

@@ -78,6 +78,17 @@ def test_the_same_run_twice_is_not_an_error_and_gives_the_same_result(hesscale):
     assert (first / "metrics.csv").read_text() == (second / "metrics.csv").read_text()
 
 
+def test_the_whole_config_is_saved_beside_the_log_and_nowhere_else(hesscale, tmp_path):
+    own = tmp_path / "config.yaml"
+    own.write_text(MLP.read_text())
+    hesscale("fit", own, *SHORT, "--trainer.logger", "false")
+    assert own.read_text() == MLP.read_text()
+    folder = hesscale("fit", own, *SHORT)
+    saved = yaml.safe_load((folder / "outputs/digits_mlp/version_0/config.yaml").read_text())
+    assert saved["trainer"]["limit_train_batches"] == 6
+    assert saved["model"]["init_args"]["optimizer"]["init_args"]["betas"] == [0.9, 0.999]
+
+
 def test_the_optimizer_can_be_changed_on_the_command_line(hesscale):
     folder = hesscale("fit", MLP, *SHORT, "--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.25")
     (path,) = folder.glob("outputs/digits_mlp/version_0/checkpoints/last.ckpt")
