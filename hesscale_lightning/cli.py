@@ -14,7 +14,7 @@ from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
 
 
 class SaveConfigBesideLog(SaveConfigCallback):
-    """Saves the whole config of a run as ``config.yaml`` beside its log; without a logger it has no folder to save in."""
+    """Saves the whole config of a run as ``config.yaml`` beside its log, and nowhere if there is no log."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save the config, if there is a log to save it beside."""
