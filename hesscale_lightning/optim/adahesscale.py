@@ -10,17 +10,14 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from hesscale_lightning.optim.clipping_weights import CLIPPING_KEY, NO_CLIPPING, clipping_weights
 from hesscale_lightning.optim.curvature_average import Denominator, refresh_averages
-from hesscale_lightning.optim.diagonals import clear_diagonals, missing_diagonal_error, peek_diagonal, state_dtype
+from hesscale_lightning.optim.diagonals import clear_diagonals, missing_diagonal_error, peek_diagonal
 from hesscale_lightning.optim.gradient_rescaling import GradientRescaling, GroupScale
 from hesscale_lightning.optim.hyperparameters import check_options, learning_rate, use_foreach
 from hesscale_lightning.optim.normalized_update import Batch, UpdateRule, normalized_update
+from hesscale_lightning.optim.parameter_state import new_state, restored
+from hesscale_lightning.optim.step_record import StepRecord, describe
 from hesscale_lightning.optim.tensor_lists import add_one, beside, multiply, never_compiled, subtract
-from hesscale_lightning.optim.trust_region import (
-    flatten_statistics,
-    mean_abs,
-    predicted_decrease,
-    trust_region_scale,
-)
+from hesscale_lightning.optim.trust_region import flatten_statistics, trust_region_scale
 
 
 @dataclass(slots=True)
@@ -33,17 +30,6 @@ class _Averaging(Batch):
 
 
 _Gathered = list[tuple[Tensor, Tensor, Tensor | None]]  # parameter, gradient, new diagonal
-
-
-@dataclass(slots=True)
-class _GroupStep:
-    """What the latest step did to one param group."""
-
-    batches: list[_Averaging]
-    rule: UpdateRule
-    lr: float | Tensor
-    scale: float | Tensor
-    grad_scale: GroupScale
 
 
 class AdaHesScale(Optimizer):
@@ -162,7 +148,7 @@ class AdaHesScale(Optimizer):
         }
         check_options(defaults)
         self._rescaling = GradientRescaling()
-        self._latest: list[_GroupStep] = []
+        self._latest: list[StepRecord] = []
         self._buffers: dict[Tensor, Tensor] = {}
         super().__init__(params, defaults)
 
@@ -199,7 +185,7 @@ class AdaHesScale(Optimizer):
         for group, saved in zip(self.param_groups, loaded["param_groups"], strict=True):
             for param, key in zip(group["params"], saved["params"], strict=True):
                 for name, value in loaded["state"].get(key, {}).items():
-                    self.state[param][name] = _restored(value, name, param, group["capturable"])
+                    self.state[param][name] = restored(value, name, param, capturable=group["capturable"])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients and drop the diagonals of all optimized parameters."""
@@ -270,7 +256,7 @@ class AdaHesScale(Optimizer):
             found.append((param, grad, diagonal))
         return found
 
-    def _update_group(self, group: dict[str, Any], grad_scale: GroupScale, found: _Gathered) -> _GroupStep:
+    def _update_group(self, group: dict[str, Any], grad_scale: GroupScale, found: _Gathered) -> StepRecord:
         beta1, beta2 = group["betas"]
         delta = group["delta"]
         clipping = grad_scale.clipping if group["compensate_clipping"] else 1.0
@@ -293,14 +279,17 @@ class AdaHesScale(Optimizer):
             if group["weight_decay"] != 0:
                 multiply(batch.params, 1 - lr * group["weight_decay"], foreach=foreach)
             subtract(batch.params, update.directions, lr * scale * update.gain, foreach=foreach)
-        return _GroupStep(batches, rule, lr, scale, grad_scale)
+        return StepRecord(batches, rule, lr * scale, scale, grad_scale.clipping, foreach, group["maximize"])
 
     def _average(
         self, group: dict[str, Any], found: _Gathered, hess_factor: float | Tensor, foreach: bool
     ) -> list[_Averaging]:
         """Count the step, move the running averages, consume the diagonals, and sort the tensors into batches."""
         on_device = group["capturable"] or torch.compiler.is_compiling()
-        states = [self.state[param] or self._new_state(param, group) for param, _, _ in found]
+        for param, _, _ in found:
+            if not self.state[param]:
+                self.state[param] = new_state(param, capturable=group["capturable"])
+        states = [self.state[param] for param, _, _ in found]
         add_one([state["step"] for state in states])
         add_one([state["hess_step"] for state, (_, _, h) in zip(states, found, strict=True) if h is not None])
 
@@ -337,16 +326,6 @@ class AdaHesScale(Optimizer):
             batch.grads, batch.refreshed, batch.diagonals = [], [], []
         return list(batches.values())
 
-    def _new_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.state[param]
-        dtype = state_dtype(param)
-        device = param.device if group["capturable"] else torch.device("cpu")
-        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        state["hess_step"] = torch.zeros((), dtype=torch.float32, device=device)
-        state["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        state["exp_avg_hess"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        return state
-
     @property
     def stats(self) -> dict[str, Tensor]:
         """Scalar tensors that describe the latest step; empty before the first.
@@ -360,36 +339,4 @@ class AdaHesScale(Optimizer):
         - ``predicted_decrease``: fall of the quadratic model along the step, ``-(sum(g u) + sum(D u^2) / 2)``; left out
           if gradients are gone. With ``maximize`` it is the predicted rise.
         """
-        return flatten_statistics(
-            [_describe(latest, group) for latest, group in zip(self._latest, self.param_groups, strict=False)]
-        )
-
-
-@torch.no_grad()
-def _describe(latest: _GroupStep, group: dict[str, Any]) -> dict[str, Any]:
-    statistics: dict[str, Any] = {"scale": latest.scale, "clipping": latest.grad_scale.clipping}
-    foreach = use_foreach(group["foreach"], (p for batch in latest.batches for p in batch.params))
-    grads: list[Tensor | None] = []
-    steps: list[Tensor] = []
-    along: float | Tensor = 0.0
-    for batch in latest.batches:
-        update = normalized_update(batch, latest.rule._replace(measure_curvature=True), foreach=foreach)
-        size = latest.lr * latest.scale
-        steps += [direction * (-size * update.gain) for direction in update.directions]
-        grads += [-p.grad if group["maximize"] and p.grad is not None else p.grad for p in batch.params]
-        along = along + beside(update.curvature_along * size * size, along)
-    if steps:
-        statistics["mean_abs_update"] = mean_abs(steps)
-        decrease = predicted_decrease(grads, steps, along, latest.grad_scale.clipping)
-        if decrease is not None:
-            statistics["predicted_decrease"] = decrease
-    return statistics
-
-
-def _restored(value: Any, name: str, param: Tensor, capturable: bool) -> Any:
-    """A loaded state entry on the right device and in the averages' dtype, copied from what was saved."""
-    if not isinstance(value, Tensor):
-        return value
-    if name in ("step", "hess_step"):
-        return value.detach().to(device=param.device if capturable else "cpu", dtype=torch.float32, copy=True)
-    return value.detach().to(device=param.device, dtype=state_dtype(param), copy=True)
+        return flatten_statistics([describe(record) for record in self._latest])

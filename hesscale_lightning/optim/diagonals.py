@@ -8,15 +8,9 @@ never enter a running average twice, whatever clears the gradients afterwards.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-_LOW_PRECISION = (torch.float16, torch.bfloat16)
-
-
-def state_dtype(param: Tensor) -> torch.dtype:
-    """The dtype of gradient and curvature averages: float32 for half-precision parameters, else the parameter's."""
-    return torch.float32 if param.dtype in _LOW_PRECISION else param.dtype
+from hesscale_lightning.optim.parameter_state import state_dtype
 
 
 def peek_diagonal(param: Tensor) -> Tensor | None:

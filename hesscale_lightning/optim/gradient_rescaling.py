@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hesscale_lightning.optim.diagonals import state_dtype
+from hesscale_lightning.optim.parameter_state import state_dtype
 from hesscale_lightning.optim.tensor_lists import never_compiled
 
 PROBES_PER_GROUP = 2

@@ -10,7 +10,7 @@ trust region also needs ``sum D u^2``. Its D is the curvature damped by eps, as 
 itself, or its square for "sqrt_abs".
 
 When b1 and b2 are numbers on the host, they are not applied to the tensors but folded into eps, the clamp and one
-factor: ``u = gain * clamp(m / (root(v) + eps c), max_update / gain)`` with ``c = root(b2)`` and ``gain = c / b1``, which
+factor: ``u = gain * clamp(m / (root(v) + eps c), max_update / gain)`` with ``c = root(b2)`` and ``gain = c / b1``. That
 saves two passes over memory.
 """
 

@@ -9,9 +9,10 @@ from torch.optim.optimizer import Optimizer, StateDict
 
 from hesscale_lightning.optim.adahesscale import AdaHesScale
 from hesscale_lightning.optim.curvature_average import Denominator, refresh_averages
-from hesscale_lightning.optim.diagonals import clear_diagonals, missing_diagonal_error, peek_diagonal, state_dtype
+from hesscale_lightning.optim.diagonals import clear_diagonals, missing_diagonal_error, peek_diagonal
 from hesscale_lightning.optim.gradient_rescaling import GradientRescaling, GroupScale
 from hesscale_lightning.optim.hyperparameters import check_denominator, use_foreach
+from hesscale_lightning.optim.parameter_state import state_dtype
 from hesscale_lightning.optim.tensor_lists import add_one, beside, inner_product, large_on_cpu, sum_of_scalars
 from hesscale_lightning.optim.trust_region import (
     flatten_statistics,
