@@ -11,6 +11,7 @@ from torch import Tensor
 from hesscale_lightning.curvature import UnsupportedOperationError, attach, backward
 from tests.curvature.oracle import Case, check
 
+CHANNELS_LAST = torch.arange(36.0).view(2, 3, 2, 3).to(memory_format=torch.channels_last)
 NODE = ["torch::autograd::CopySlices"]
 
 
@@ -55,6 +56,9 @@ CASES = [
     Case("several copies into a constant", buffer_of_steps, [(4, 3), (3,)], NODE),
     Case("copy of a part to another", changed(lambda y: y[0].copy_(y[2].clone())), [(3, 4)], NODE),
     Case("fill", changed(lambda y: y[:, 1].fill_(2.0)), [(3, 4)], NODE),
+    Case("copy of a constant", changed(lambda y: y[:, ::3].copy_(torch.ones(3, 2))), [(3, 4)], NODE),
+    Case("add of a constant", changed(lambda y: y[1].add_(1.0)), [(3, 4)], NODE),
+    Case("part of channels last", changed(lambda y, v: y[:, 1].copy_(v)), [CHANNELS_LAST, (2, 2, 3)], NODE),
     Case("zero", changed(lambda y: y[1:].zero_()), [(3, 4)], NODE),
     Case("setitem", changed(lambda y: y.__setitem__((slice(None), 1), 0.0)), [(3, 4)], NODE),
     Case("fill with a number of the graph", changed(lambda y, v: y[:, 1].fill_(v)), [(3, 4), ()], NODE),
@@ -70,6 +74,7 @@ CASES = [
     Case("scatter", changed(lambda y, v: y[1].scatter_(0, torch.tensor([3, 0]), v)), [(3, 4), (2,)], NODE),
     Case("add", changed(lambda y, v: y[1].add_(v, alpha=-3)), [(3, 4), (4,)], NODE),
     Case("add that broadcasts", changed(lambda y, v: y[1:].add_(v)), [(3, 4), (1,)], NODE),
+    Case("subtract a number of the graph", changed(lambda y, v: y[0].sub_(v)), [(3, 4), ()], NODE),
     Case("augmented assignment", changed(lambda y, v: y[:, 0].__isub__(v)), [(3, 4), (3,)], NODE),
     Case("add to a constant", placed(lambda y, v: y[1].add_(v)), [(4,)], NODE),
     Case("multiply by a constant", changed(lambda y: y[1].mul_(3.0)), [(3, 4)], NODE),
@@ -95,6 +100,7 @@ def test_rule_equals_dense_derivatives(case: Case) -> None:
         changed(lambda y: y[0].cumsum_(0)),
         changed(lambda y: y[0].mul_(y[1].clone())),
         changed(lambda y: y[0].sigmoid_()),
+        changed(lambda y: y[0].add_(y[1].clone().exp_(), alpha=2).exp_()),
     ],
 )
 def test_curved_and_mixing_operations_are_refused(operation: Callable[[Tensor], Tensor]) -> None:

@@ -398,4 +398,5 @@ def _squared_coefficients(rows: Tensor, bags: Tensor, count: int, s: Tensor) -> 
     """Weights that add up to ``(sum s)^2`` over the uses of one row in one bag, which squares alone would not."""
     pairs, pair, uses = (bags * count + rows).unique(return_inverse=True, return_counts=True)
     coefficients = s.new_zeros(pairs.shape).index_add_(0, pair, s)
-    return (coefficients.square() / uses)[pair]
+    weights: Tensor = (coefficients.square() / uses)[pair]
+    return weights
