@@ -271,6 +271,14 @@ def test_single_precision(case: Case) -> None:
     check(case, torch.float32)
 
 
+@pytest.mark.parametrize("mode", ["constant", "reflect", "replicate", "circular"])
+def test_padding_of_channels_last_in_single_precision(mode: str) -> None:
+    def operation(x: Tensor) -> Tensor:
+        return F.pad(x.to(memory_format=torch.channels_last), (1, 1, 0, 1), mode=mode)
+
+    check(Case("channels last", operation, [(1, 2, 2, 3)]), torch.float32)
+
+
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
 def test_tensors_without_entries(shape: tuple[int, int]) -> None:
     check(Case("views", lambda x: torch.cat([x.t(), x.t()]).view(-1), [shape], ["CatBackward0", "ViewBackward0"]))

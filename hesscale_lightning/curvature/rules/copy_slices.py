@@ -7,8 +7,8 @@ confirm both, since no other linear operation agrees on them. If the result of a
 depend on a tensor of the graph, so the operation is curved, or bilinear, and is refused. (A ``torch.autograd.Function``
 that works in place on a part and is ``once_differentiable`` hides this.)
 
-The usual cases, a copy into a regular part and a filling, cost one probe, a few times the node's own backward; the others
-cost ten times as much.
+The usual cases, a copy into a regular part and a filling, cost one probe, a few times the node's own backward; the
+others cost ten times as much.
 """
 
 from __future__ import annotations

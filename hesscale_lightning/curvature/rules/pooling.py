@@ -3,10 +3,6 @@
 All are linear in each region, ``y_j = sum_i c_ji x_i``, so ``h_x = sum_j c_ji^2 h_j``. A maximum selects (c is 0 or 1).
 An average has one coefficient for each window, ``c_j``; its backward multiplies by c once, so it is given ``c_j h_j``.
 Interpolation has coefficients that are products of one factor for each axis, and so are their squares.
-
-Backward operations take the forward pass's input only for its shape and memory format: an empty tensor of the same
-strides stands in for it, so that the input need not be held. A stand-in of another memory format would make them
-several times slower.
 """
 
 from __future__ import annotations
@@ -19,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, register_rule
-from hesscale_lightning.curvature.rules.shape import by_node
+from hesscale_lightning.curvature.rules.shape import by_node, with_stand_in
 
 _aten = torch.ops.aten
 
@@ -47,13 +43,13 @@ def max_pool(op: Operation) -> Formula:
         node._saved_kernel_size, node._saved_stride, node._saved_padding, node._saved_dilation, node._saved_ceil_mode,
         node._saved_result1,
     )  # fmt: skip
-    return _with_stand_in(_max_pool_backward[node.name()], node._saved_self, *settings)
+    return with_stand_in(_max_pool_backward[node.name()], node._saved_self, *settings)
 
 
 @register_rule(*_adaptive_max_pool_backward)
 def adaptive_max_pool(op: Operation) -> Formula:
     """``y_j = x[index_j]``."""
-    return _with_stand_in(_adaptive_max_pool_backward[op.node.name()], op.node._saved_self, op.node._saved_result1)
+    return with_stand_in(_adaptive_max_pool_backward[op.node.name()], op.node._saved_self, op.node._saved_result1)
 
 
 @register_rule(*_fractional_max_pool_backward)
@@ -61,7 +57,7 @@ def fractional_max_pool(op: Operation) -> Formula:
     """``y_j = x[index_j]``."""
     node = op.node
     settings = node._saved_kernel_size, node._saved_output_size, node._saved_result1
-    return _with_stand_in(_fractional_max_pool_backward[node.name()], node._saved_self, *settings)
+    return with_stand_in(_fractional_max_pool_backward[node.name()], node._saved_self, *settings)
 
 
 @register_rule("MaxUnpool2DBackward0", "MaxUnpool3DBackward0")
@@ -76,11 +72,6 @@ register_rule(
     "UpsampleNearest1DBackward0", "UpsampleNearest2DBackward0", "UpsampleNearest3DBackward0",
     "UpsampleNearestExact1DBackward0", "UpsampleNearestExact2DBackward0", "UpsampleNearestExact3DBackward0",
 )(by_node)  # fmt: skip
-
-
-def _with_stand_in(backward: Any, x: Tensor, *settings: Any) -> Formula:
-    shape, strides = x.shape, x.stride()
-    return lambda h: (backward(h, h.new_empty_strided(shape, strides), *settings),)
 
 
 # -- averaging ---------------------------------------------------------------------------------------------------------
@@ -109,7 +100,7 @@ def avg_pool(op: Operation) -> Formula:
         for size in kernel:
             divisor *= size
     if divisor is not None:  # the squared divisor does it all
-        return _with_stand_in(backward, x, *settings, divisor**2)
+        return with_stand_in(backward, x, *settings, divisor**2)
 
     def formula(h: Tensor) -> Diagonals:
         ones = h.new_ones((1, *shape[-dims:]))

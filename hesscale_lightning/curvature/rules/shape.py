@@ -7,6 +7,8 @@ it works after backward has passed if the node saved sizes only and no tensor.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,16 @@ def by_node(op: Operation) -> Formula:
         formula: Formula = node  # returns a tuple already
         return formula
     return lambda h: (node(h),)
+
+
+def with_stand_in(backward: Any, x: Tensor, *settings: Any) -> Formula:
+    """``backward(h, x, *settings)``, for an operation that takes x only for its shape and memory format.
+
+    An empty tensor of the same strides stands in for x, so that x need not be held. One of another memory format would
+    make the operation several times slower.
+    """
+    shape, strides = x.shape, x.stride()
+    return lambda h: (backward(h, h.new_empty_strided(shape, strides), *settings),)
 
 
 def carried(dtype: torch.dtype) -> torch.dtype:
@@ -75,10 +87,9 @@ register_rule("TraceBackward0")(by_node)  # a sum, of the entries on the diagona
 
 @register_rule(*_pad_backward, view=True)
 def pad(op: Operation) -> Formula:
-    """The node has saved its input, of which only the shape is used: an empty tensor stands in for it."""
-    backward, shape = _pad_backward[op.node.name()], op.input_shape(0)
+    """Reflection and replication; a border entry is the copy of one input entry."""
     padding = [signed(size) for size in op.node._saved_padding]  # negative where it crops
-    return lambda h: (backward(h, h.new_empty(shape), padding),)
+    return with_stand_in(_pad_backward[op.node.name()], op.node._saved_self, padding)
 
 
 @register_rule("PackPaddedSequenceBackward0", view=True)
