@@ -119,6 +119,29 @@ def test_both_paths_agree_for_any_shapes_and_any_parameters_left_out(
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_parameters_with_fewer_steps_or_refreshes_have_corrections_of_their_own(path: str) -> None:
+    options: dict[str, Any] = {"lr": 0.01, "delta": None}
+    params = make_params(torch.float64)
+    references = [ReferenceAdaHesScale([p], options) for p in params]
+    optimizer = AdaHesScale(params, **options, **PATHS[path])
+    generator = torch.Generator().manual_seed(12)
+    for step in range(8):
+        grads, diagonals = random_like(params, generator), random_like(params, generator)
+        deliver(params, grads, diagonals)
+        for index, (param, reference) in enumerate(zip(params, references, strict=True)):
+            if step % (index + 1):  # parameter i takes part in every (i + 1)-th step
+                param.grad = param.hess_diag = None  # type: ignore[attr-defined]
+            elif step % 4 and index % 2:  # and parameters 1, 3, 5 have fewer refreshes than steps
+                param.hess_diag = None  # type: ignore[attr-defined]
+                reference.step([grads[index]], [None])
+            else:
+                reference.step([grads[index]], [diagonals[index]])
+        optimizer.step()
+    for param, reference in zip(params, references, strict=True):
+        torch.testing.assert_close(param.detach(), reference.params[0], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("delta", [None, 1e-3])
 def test_large_tensors_take_the_same_step_as_small_ones(delta: float | None) -> None:
     """Above a size the CPU path reuses buffers; cut into pieces the same tensor stays below it."""
