@@ -1,7 +1,11 @@
+"""Rules by family: importing this package registers them all."""
+
 from hesscale_lightning.curvature.rules import (
     arithmetic,
     convolution,
     copy_slices,
+    embedding,
+    distributed,
     indexing,
     linear,
     losses,
@@ -9,6 +13,7 @@ from hesscale_lightning.curvature.rules import (
     pointwise,
     pooling,
     reduction,
+    selection,
     shape,
     softmax,
 )

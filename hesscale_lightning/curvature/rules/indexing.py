@@ -1,9 +1,7 @@
-"""Operations that pick entries by index, by mask or by value, and those that put entries in place.
+"""Operations that pick entries by index or mask, and those that put entries in place.
 
 As in :mod:`~hesscale_lightning.curvature.rules.shape`, every output is a copy of one input entry, or a sum of several,
-so ``h_x = J^T h``; an entry picked twice sums both. Where an output is a mean over n entries (an average of embeddings,
-or entries that are tied for a maximum, among which autograd distributes the gradient), the coefficients are 1/n and
-their squares 1/n^2. Only indices and masks are kept, not the tensors that they came from.
+so ``h_x = J^T h``; an entry picked twice sums both. Only indices and masks are kept, not the tensors they came from.
 """
 
 from __future__ import annotations
@@ -13,24 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesscale_lightning.curvature.precision import full, squared
 from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, register_rule
-from hesscale_lightning.curvature.rules.shape import as_inputs, carried, signed
+from hesscale_lightning.curvature.rules.shape import as_inputs, dim_of
 
 _aten = torch.ops.aten
 _index = _aten.index.Tensor  # the bindings of Tensor.__getitem__ take no list with gaps
 _index_put = _aten.index_put.default
 _index_put_ = _aten.index_put_.default
 _masked_scatter_backward = _aten.masked_scatter_backward.default
-_embedding_dense_backward = _aten.embedding_dense_backward.default
-_embedding_bag_backward = _aten._embedding_bag_backward.default
-_embedding_bag_per_sample_weights_backward = _aten._embedding_bag_per_sample_weights_backward.default
 
 _NONE = torch.Size()  # the shape of an input whose curvature is not needed
-
-
-def _dim(op: Operation) -> int:
-    return signed(op.node._saved_dim)
 
 
 # -- picking by index or mask ------------------------------------------------------------------------------------------
@@ -46,14 +36,14 @@ def index(op: Operation) -> Formula:
 @register_rule("IndexSelectBackward0", view=True)
 def index_select(op: Operation) -> Formula:
     """``y[.., k, ..] = x[.., index[k], ..]``."""
-    dim, at, shape = _dim(op), op.node._saved_index, op.node._saved_self_sym_sizes
+    dim, at, shape = dim_of(op), op.node._saved_index, op.node._saved_self_sym_sizes
     return lambda h: (h.new_zeros(shape).index_add_(dim, at, h),)
 
 
 @register_rule("GatherBackward0", view=True)
 def gather(op: Operation) -> Formula:
     """``y[k, j] = x[index[k, j], j]``."""
-    dim, at, shape = _dim(op), op.node._saved_index, op.input_shape(0)
+    dim, at, shape = dim_of(op), op.node._saved_index, op.input_shape(0)
     return lambda h: (h.new_zeros(shape).scatter_add_(dim, at, h),)
 
 
@@ -89,72 +79,6 @@ def where(op: Operation) -> Formula:
     return as_inputs(op, formula)
 
 
-# -- picking by value --------------------------------------------------------------------------------------------------
-
-
-@register_rule(
-    "KthvalueBackward0", "MaxBackward0", "MedianBackward1", "MinBackward0", "ModeBackward0", "NanmedianBackward1",
-    "SortBackward0", "SortBackward1", "TopkBackward0",
-)  # fmt: skip
-def pick_along_dim(op: Operation) -> Formula:
-    """One entry for each output, whose index was saved; ties are broken."""
-    node = op.node
-    dim, at, shape = _dim(op), node._saved_indices, node._saved_self_sym_sizes
-    if len(shape) > at.ndim:
-        at = at.unsqueeze(dim)
-        return lambda h: (h.new_zeros(shape).scatter_(dim, at, h.unsqueeze(dim)),)
-    return lambda h: (h.new_zeros(shape).scatter_(dim, at, h),)
-
-
-@register_rule("CummaxBackward0", "CumminBackward0")
-def running_extremum(op: Operation) -> Formula:
-    """An entry that is the extremum of several outputs sums them."""
-    dim, at = _dim(op), op.node._saved_indices
-    return lambda h: (torch.zeros_like(h).scatter_add_(dim, at, h),)
-
-
-@register_rule("MaxBackward1", "MedianBackward0", "MinBackward1", "NanmedianBackward0")
-def pick_of_all(op: Operation) -> Formula:
-    """The n tied entries have the coefficient 1/n."""
-    tied = op.node._saved_self == op.node._saved_result
-    return lambda h: (tied * (h / tied.sum().square()),)
-
-
-@register_rule("AmaxBackward0", "AminBackward0")
-def extremum(op: Operation) -> Formula:
-    """As :func:`pick_of_all`, along several dimensions."""
-    node = op.node
-    x, result, keepdim = node._saved_self, node._saved_result, node._saved_keepdim
-    dims = [signed(dim) for dim in node._saved_dim] or list(range(x.ndim))
-    part = _extremum(x, result, dims, keepdim)
-    return lambda h: (part(h),)
-
-
-@register_rule("AminmaxBackward0", multi_output=True)
-def aminmax(op: Operation) -> Formula:
-    """Both of :func:`extremum`."""
-    node = op.node
-    x, keepdim = node._saved_self, node._saved_keepdim
-    dims = list(range(x.ndim)) if node._saved_dim is None else [signed(node._saved_dim)]
-    lower, upper = (_extremum(x, result, dims, keepdim) for result in (node._saved_min, node._saved_max))
-
-    def formula(h: tuple[Tensor | None, Tensor | None]) -> Diagonals:
-        h_min, h_max = h
-        if h_min is None:
-            return (upper(h_max),)
-        return (lower(h_min) if h_max is None else lower(h_min) + upper(h_max),)
-
-    return formula
-
-
-def _extremum(x: Tensor, result: Tensor, dims: list[int], keepdim: bool) -> Any:
-    shape = list(x.shape)
-    for dim in dims:
-        shape[dim] = 1
-    tied = x == result.view(shape)
-    return lambda h: tied * (h.reshape(shape) / tied.sum(dims, keepdim=True).square())
-
-
 # -- putting in place --------------------------------------------------------------------------------------------------
 
 
@@ -177,7 +101,7 @@ def index_put(op: Operation) -> Formula:
 @register_rule("IndexAddBackward0")
 def index_add(op: Operation) -> Formula:
     """``y[index] += alpha source``."""
-    dim, at, alpha = _dim(op), op.node._saved_index, op.node._saved_alpha
+    dim, at, alpha = dim_of(op), op.node._saved_index, op.node._saved_alpha
     need_x, need_source = op.needs
     shape = op.input_shape(1) if need_source else _NONE
 
@@ -195,7 +119,7 @@ def index_add(op: Operation) -> Formula:
 @register_rule("IndexCopyBackward0")
 def index_copy(op: Operation) -> Formula:
     """``y[index] = source``."""
-    dim, at = _dim(op), op.node._saved_index
+    dim, at = dim_of(op), op.node._saved_index
     need_x, need_source = op.needs
     shape = op.input_shape(1) if need_source else _NONE
 
@@ -211,14 +135,14 @@ def index_copy(op: Operation) -> Formula:
 @register_rule("IndexFillBackward0")
 def index_fill(op: Operation) -> Formula:
     """``y[index] = number``."""
-    dim, at = _dim(op), op.node._saved_index
+    dim, at = dim_of(op), op.node._saved_index
     return lambda h: (h.index_fill(dim, at, 0),)
 
 
 @register_rule("IndexFillBackward1")
 def index_fill_with_tensor(op: Operation) -> Formula:
     """``y[index] = value``, a tensor with one element."""
-    dim, at = _dim(op), op.node._saved_index.unique()
+    dim, at = dim_of(op), op.node._saved_index.unique()
     need_x, need_value = op.needs
 
     def formula(h: Tensor) -> Diagonals:
@@ -233,7 +157,7 @@ def index_fill_with_tensor(op: Operation) -> Formula:
 @register_rule("ScatterBackward0")
 def scatter(op: Operation) -> Formula:
     """``y[index[k, j], j] = source[k, j]``, where, as for autograd, no two sources go to one place."""
-    dim, at = _dim(op), op.node._saved_index
+    dim, at = dim_of(op), op.node._saved_index
     need_x, need_source = op.needs
 
     def formula(h: Tensor) -> Diagonals:
@@ -245,14 +169,14 @@ def scatter(op: Operation) -> Formula:
 @register_rule("ScatterBackward1")
 def scatter_number(op: Operation) -> Formula:
     """``y[index[k, j], j] = number``."""
-    dim, at = _dim(op), op.node._saved_index
+    dim, at = dim_of(op), op.node._saved_index
     return lambda h: (h.scatter(dim, at, 0),)
 
 
 @register_rule("ScatterAddBackward0")
 def scatter_add(op: Operation) -> Formula:
     """``y[index[k, j], j] += source[k, j]``."""
-    dim, at = _dim(op), op.node._saved_index
+    dim, at = dim_of(op), op.node._saved_index
     need_x, need_source = op.needs
 
     def formula(h: Tensor) -> Diagonals:
@@ -300,7 +224,7 @@ def reduce_into(op: Operation) -> Formula:
     """
     node = op.node
     x, at, dim, reduce, include = (
-        node._saved_self, node._saved_index, _dim(op), node._saved_reduce, node._saved_include_self,
+        node._saved_self, node._saved_index, dim_of(op), node._saved_reduce, node._saved_include_self,
     )  # fmt: skip
     if reduce == "prod":
         raise op.unsupported("the product of what goes to one place is not supported; sum, mean, amax and amin are")
@@ -336,67 +260,3 @@ def reduce_into(op: Operation) -> Formula:
         return h_x, h_source
 
     return formula
-
-
-# -- embeddings --------------------------------------------------------------------------------------------------------
-
-
-def _refuse_what_is_no_gradient(op: Operation) -> None:
-    if op.node._saved_sparse:
-        raise op.unsupported("the diagonal of a sparse gradient is not supported; use sparse=False")
-    if op.node._saved_scale_grad_by_freq:
-        raise op.unsupported(
-            "scale_grad_by_freq=True scales the gradient, which is then no longer that of the loss; use False"
-        )
-
-
-@register_rule("EmbeddingBackward0")
-def embedding(op: Operation) -> Formula:
-    """Rows of a table; like its gradient, the curvature of the row ``padding_idx`` is zero."""
-    _refuse_what_is_no_gradient(op)
-    node = op.node
-    rows, count, padding = node._saved_indices, node._saved_weight_sym_argsize_0, signed(node._saved_padding_idx)
-    return lambda h: (_embedding_dense_backward(h, rows, count, padding, False),)
-
-
-_SUM, _MEAN, _MAX = 0, 1, 2
-
-
-@register_rule("EmbeddingBagBackward0")
-def embedding_bag(op: Operation) -> Formula:
-    """Sums ``y_b = sum_k s_k w_k`` (s may be one), means or maxima of rows of a table, bag by bag."""
-    _refuse_what_is_no_gradient(op)
-    node = op.node
-    rows, offsets, bags, sizes, chosen = (
-        node._saved_indices, node._saved_offsets, node._saved_result1, node._saved_result2, node._saved_result3,
-    )  # fmt: skip
-    mode, scales, count = node._saved_mode, node._saved_per_sample_weights, node._saved_weight_sym_argsize_0
-    padding = signed(node._saved_padding_idx)
-    need_table, need_scales = op.needs
-    table: Any = node._saved_weight if need_scales else None
-    weights = None
-    if need_table and mode != _MAX:
-        s = torch.ones_like(rows, dtype=carried(op.input_meta(0)[0])) if scales is None else full(scales)
-        if mode == _MEAN:
-            s = s / sizes[bags]
-        weights, mode = _squared_coefficients(rows, bags, count, s), _SUM
-
-    def formula(h: Tensor) -> Diagonals:
-        h_table = h_scales = None
-        if need_scales:
-            h_scales = _embedding_bag_per_sample_weights_backward(h, squared(table), rows, offsets, bags, _SUM, padding)
-        if need_table:
-            h_table = _embedding_bag_backward(
-                h, rows, offsets, bags, sizes, chosen, count, False, mode, False, weights, padding
-            )
-        return h_table, h_scales
-
-    return formula
-
-
-def _squared_coefficients(rows: Tensor, bags: Tensor, count: int, s: Tensor) -> Tensor:
-    """Weights that add up to ``(sum s)^2`` over the uses of one row in one bag, which squares alone would not."""
-    pairs, pair, uses = (bags * count + rows).unique(return_inverse=True, return_counts=True)
-    coefficients = s.new_zeros(pairs.shape).index_add_(0, pair, s)
-    weights: Tensor = (coefficients.square() / uses)[pair]
-    return weights

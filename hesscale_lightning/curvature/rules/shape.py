@@ -56,6 +56,11 @@ def signed(number: int) -> int:
     return number - 2**64 if number >= 2**63 else number
 
 
+def dim_of(op: Operation) -> int:
+    """The dimension that the operation works along."""
+    return signed(op.node._saved_dim)
+
+
 def as_inputs(op: Operation, formula: Formula) -> Formula:
     """``formula``, with each curvature in the dtype of its input where the operation promoted float32 to float64."""
     if op.node._input_metadata[0].dtype is not torch.float64:
