@@ -5,7 +5,6 @@ from hesscale_lightning.curvature.rules import (
     convolution,
     copy_slices,
     embedding,
-    distributed,
     indexing,
     linear,
     losses,
