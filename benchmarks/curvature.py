@@ -12,6 +12,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Workload:
 
 def mlp(*sizes: int, act: Callable[[], nn.Module] = nn.Tanh) -> nn.Module:
     layers: list[nn.Module] = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in pairwise(sizes):
         layers += [nn.Linear(a, b), act()]
     return nn.Sequential(*layers[:-1])
 
@@ -59,8 +60,12 @@ def cnn() -> nn.Module:
 
 WORKLOADS = [
     Workload("tanh MLP 17-64-64-6, batch 64", lambda: mlp(17, 64, 64, 6), lambda: torch.randn(64, 17), 6, 1.70),
-    Workload("ReLU MLP 17-64-64-6, batch 64", lambda: mlp(17, 64, 64, 6, act=nn.ReLU), lambda: torch.randn(64, 17), 6, 1.70),
-    Workload("tanh MLP 784-128-128-10, batch 32", lambda: mlp(784, 128, 128, 10), lambda: torch.randn(32, 784), 10, 1.75),
+    Workload(
+        "ReLU MLP 17-64-64-6, batch 64", lambda: mlp(17, 64, 64, 6, act=nn.ReLU), lambda: torch.randn(64, 17), 6, 1.70
+    ),
+    Workload(
+        "tanh MLP 784-128-128-10, batch 32", lambda: mlp(784, 128, 128, 10), lambda: torch.randn(32, 784), 10, 1.75
+    ),
     Workload(
         "tanh MLP 1024-1024-1024-1024-10, batch 256",
         lambda: mlp(1024, 1024, 1024, 1024, 10),
@@ -123,7 +128,8 @@ def measure(workload: Workload, seconds: float) -> dict[str, Any]:
 
 def table(results: list[dict[str, Any]]) -> str:
     lines = [
-        "| network | gradient | HesScale | to reach | HesScaleGN | Hutchinson, 1 probe | peak memory: HesScale | Hutchinson |",
+        "| network | gradient | HesScale | to reach | HesScaleGN | Hutchinson, 1 probe "
+        "| peak memory: HesScale | Hutchinson |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
@@ -145,7 +151,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     results = [measure(w, args.seconds) for w in WORKLOADS if args.only in w.name]
-    print("Time and peak memory over those of forward + backward; median (quartiles) of interleaved rounds, one thread.\n")
+    print(
+        "Time and peak memory over those of forward + backward; median (quartiles) of interleaved rounds, one thread.\n"
+    )
     print(table(results))
     if args.json:
         plain = [{**r, "time": {k: vars(v) for k, v in r["time"].items()}} for r in results]

@@ -1,4 +1,4 @@
-"""Ratios that hold on a noisy machine: the variants take turns, and each is compared with the first of its own round."""
+"""Ratios that hold on a noisy machine: variants take turns, each compared with the first of its round."""
 
 from __future__ import annotations
 
@@ -84,7 +84,10 @@ def _quiet() -> Iterator[None]:
 def peak_bytes(function: Callable[[], None]) -> int:
     """Most memory that torch's CPU allocator held at once while ``function`` ran, above what it held before."""
     function()
-    with _quiet(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with (
+        _quiet(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+    ):
         function()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0

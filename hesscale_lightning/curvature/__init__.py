@@ -5,6 +5,7 @@ backward, ``reference`` is the dense oracle.
 """
 
 from hesscale_lightning.curvature import rules as rules
+from hesscale_lightning.curvature.coverage import CoverageReport, coverage, supported_params
 from hesscale_lightning.curvature.engine import METHODS, Attachment, Method, attach, backward
 from hesscale_lightning.curvature.reference import exact_hess_diag, exact_local_diag
 from hesscale_lightning.curvature.registry import (
@@ -18,14 +19,17 @@ from hesscale_lightning.curvature.registry import (
 __all__ = [
     "METHODS",
     "Attachment",
+    "CoverageReport",
     "Method",
     "Operation",
     "Rule",
     "UnsupportedOperationError",
     "attach",
     "backward",
+    "coverage",
     "exact_hess_diag",
     "exact_local_diag",
     "register_rule",
     "registered_rules",
+    "supported_params",
 ]

@@ -1,13 +1,13 @@
 """Elementwise operations: one description of their derivatives, used alone or joined with their neighbours.
 
-An elementwise operation ``y = f(x_1, ..., x_n)`` (with broadcasting) is described by its *partials*, the first and second
-derivatives by its inputs. Alone, its rule is ``h_i = f_i^2 h + f_ii g``, summed to the input's shape.
+An elementwise operation ``y = f(x_1, ..., x_n)`` (with broadcasting) is described by its *partials*, the first and
+second derivatives by its inputs. Alone, its rule is ``h_i = f_i^2 h + f_ii g``, summed to the input's shape.
 
 Where paths from one tensor meet again in such an operation, as in ``x * sigmoid(x)``, carrying curvature down each path
-loses the cross terms. So the engine joins the elementwise operations between the meeting point and the tensors from which
-the paths start into one *composite*, which is again elementwise, and carries the first two derivatives of the composite
-from each of these sources forward through it: ``F' = sum_i f_i u_i'`` and ``F'' = sum_i f_i u_i'' + sum_ij f_ij u_i' u_j'``.
-The rule for the composite, ``h_x = F'^2 h + F'' g``, is exact.
+loses the cross terms. So the engine joins the elementwise operations between the meeting point and the tensors from
+which the paths start into one *composite*, which is again elementwise, and carries the first two derivatives of the
+composite from each of these sources forward through it: ``F' = sum_i f_i u_i'`` and ``F'' = sum_i f_i u_i'' + sum_ij
+f_ij u_i' u_j'``. The rule for the composite, ``h_x = F'^2 h + F'' g``, is exact.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def elementwise(
 ) -> Callable[[PartialsRule], PartialsRule]:
     """Registers an elementwise operation by its partials.
 
-    The decorated function receives an :class:`Operation` at attach time and returns a function of one flag, whether second
-    derivatives are wanted, that returns ``(first, second)``: the derivative by each input, and those by pairs of inputs
+    The decorated function receives an :class:`Operation` at attach time and returns a function of one flag, whether
+    second derivatives are wanted, that returns ``(first, second)``: the derivative by each input, and those by pairs
+    of inputs
     ``{(i, j): f_ij}`` with ``i <= j``; a pair left out is zero.
 
     Args:
@@ -92,7 +93,8 @@ def _fit(op: Operation, i: int) -> Callable[[Tensor], Tensor]:
 class Member(NamedTuple):
     """An operation in a composite: its position, rule, needs, and where each input comes from.
 
-    ``wiring`` holds for each input the place of another member, ``~s`` for source ``s``, or None for what is not wanted.
+    ``wiring`` holds for each input the place of another member, ``~s`` for source ``s``, or None for what is not
+    wanted.
     """
 
     position: int
@@ -117,7 +119,7 @@ def find_composite(
     found: Trace,
     position: int,
     partials: Callable[[int], PartialsRule | None],
-    consumers: Mapping[int, Sequence[int]],
+    consumers: Sequence[Sequence[int]],
 ) -> Composite | None:
     """The composite that ends in the node at ``position``, if paths from one tensor meet in it.
 

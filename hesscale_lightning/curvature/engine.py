@@ -1,8 +1,9 @@
 """Curvature that rides on the ordinary backward pass.
 
-:func:`attach` walks the graph of a loss once, lets every operation's rule take what it needs, and hooks the few nodes whose
-gradient a rule needs. ``loss.backward()`` then delivers these gradients; each time one arrives, the curvature is swept down
-the graph as far as it can be, which frees what the rules held, and when backward ends the diagonals are written to
+:func:`attach` walks the graph of a loss once, lets every operation's rule take what it needs, and hooks the few nodes
+whose gradient a rule needs. ``loss.backward()`` then delivers these gradients; each time one arrives, the curvature is
+swept down the graph as far as it can be, which frees what the rules held, and when backward ends the diagonals are
+written to
 ``p.hess_diag``. Nothing is recomputed and no second graph is built.
 
 Who owns what (a cycle through C++ would never be collected, and would keep every activation of every step):
@@ -36,18 +37,20 @@ METHODS: tuple[str, ...] = get_args(Method)
 _OWNER = "_hesscale_attachment"  # the attribute in which a loss keeps its attachment alive
 _AWAITED = object()  # stands for a gradient that backward has not delivered yet
 
-_SWEEP_EVERY = 4  # gradients between sweeps: one long sweep is faster than many short ones, but holds what it has not passed
+_SWEEP_EVERY = (
+    4  # gradients between sweeps: one long sweep is faster than many short ones, but holds what it has not passed
+)
 
 # A node of no graph: every node runs in a plain backward(), so this one "will" too; under inputs= it will not.
-_FOREIGN = torch.empty((), requires_grad=True).expand(1).grad_fn
+_FOREIGN: Any = torch.empty((), requires_grad=True).expand(1).grad_fn
 _plans = PlanCache()
 _will_execute = torch._C._will_engine_execute_node
 # Below autograd nothing is recorded, as under no_grad, and every operation takes one dispatch less.
 _without_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", torch.no_grad)
 
-# A step: formula, whether it takes the gradient, the cell of each input (-1: not wanted), which inputs are to be transposed
-# (None: none), the cells of its outputs if it has several, the node's name. Cells hold the curvature that has arrived so
-# far; step i reads cell i.
+# A step: formula, whether it takes the gradient, the cell of each input (-1: not wanted), which inputs are to be
+# transposed (None: none), the cells of its outputs if it has several, the node's name. Cells hold the curvature that
+# has arrived so far; step i reads cell i.
 _Step = tuple[Formula, bool, list[int], "list[bool] | None", "list[int] | None", str]
 
 
@@ -55,8 +58,8 @@ class Attachment:
     """One armed backward pass. It is spent when that pass ends; :meth:`remove` disarms it earlier."""
 
     __slots__ = (
-        "__weakref__", "_cells", "_device_type", "_gradients", "_handles", "_inner", "_leaves", "_lock", "_next", "_started",
-        "_steps",
+        "__weakref__", "_cells", "_device_type", "_gradients", "_handles", "_inner", "_leaves", "_lock", "_next",
+        "_started", "_steps",
     )  # fmt: skip
 
     def __init__(self, device_type: str) -> None:
@@ -96,7 +99,7 @@ class Attachment:
             except RuntimeError:
                 return False  # torch.autograd.grad(): stay armed for the backward() to come
         self._started = True
-        Variable._execution_engine.queue_callback(partial(_finish, weakref.ref(self)))  # type: ignore[attr-defined]
+        Variable._execution_engine.queue_callback(partial(_finish, weakref.ref(self)))
         return True
 
     def _sweep(self, final: bool) -> None:
@@ -129,7 +132,7 @@ class Attachment:
                 for cell in outputs:
                     if cell not in inner:
                         cells[cell] = None
-                if all([part is None for part in h]):
+                if all(part is None for part in h):
                     h = None
             if h is None and g is None:
                 continue
@@ -142,8 +145,8 @@ class Attachment:
                 results = [r.t() if t and r is not None else r for r, t in zip(results, transposed, strict=True)]
             elif len(results) != len(targets):
                 raise RuntimeError(
-                    f"the rule for {name} returned {len(results)} curvatures for {len(targets)} inputs; it must return one "
-                    "(or None) for each entry of node.next_functions"
+                    f"the rule for {name} returned {len(results)} curvatures for {len(targets)} inputs; it must return "
+                    "one (or None) for each entry of node.next_functions"
                 )
             for cell, result in zip(targets, results):  # noqa: B905 (checked above, and strict costs more)
                 if cell >= 0 and result is not None:
@@ -160,7 +163,7 @@ class Attachment:
                 self._sweep(final)
 
     def _write(self) -> None:
-        """Adds what arrived at each wanted tensor to its ``hess_diag``, in memory of its own, laid out like the tensor."""
+        """Adds what arrived at each wanted tensor to its ``hess_diag``: memory of its own, laid out like the tensor."""
         cells = self._cells
         taken: set[int] = set()
         wanted = [(cell, node.variable) for cell, node in self._leaves]
@@ -197,7 +200,7 @@ def _diagonal_dtype(tensor: Tensor) -> torch.dtype:
 
 def _full_precision(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
     """The gradients of several outputs as a formula takes them; None where nothing arrived."""
-    if all([g is None for g in grads]):
+    if all(g is None for g in grads):
         return None
     return tuple([g.float() if g is not None and g.dtype in HALF else g for g in grads])
 
@@ -213,8 +216,8 @@ def _on_gate(ref: weakref.ref[Attachment], i: int, grads: tuple[Tensor | None, .
     if attachment._started:
         attachment.remove()
         raise RuntimeError(
-            "an earlier backward pass over this graph did not finish, so its curvature is incomplete; call attach() again "
-            "before this backward()"
+            "an earlier backward pass over this graph did not finish, so its curvature is incomplete; call attach() "
+            "again before this backward()"
         )
     if attachment._begin() and i >= 0:
         attachment._gradients[i] = grads
@@ -254,7 +257,7 @@ def _finish(ref: weakref.ref[Attachment]) -> None:
         attachment.remove()
 
 
-# -- before backward ----------------------------------------------------------------------------------------------------
+# -- before backward -------------------------------------------------------------------------------------------------
 
 
 def attach(loss: Tensor, params: Iterable[Tensor] | None = None, *, method: Method = "hesscale") -> Attachment:
@@ -264,15 +267,15 @@ def attach(loss: Tensor, params: Iterable[Tensor] | None = None, *, method: Meth
 
         ``h_x = sum_j (dy_j/dx)^2 h_j + sum_j g_j d2y_j/dx^2``
 
-    Nothing is written before backward ends; if it raises, no diagonal has changed. Diagonals add up over several backward
-    passes exactly as ``.grad`` does, and belong to the user: set ``p.hess_diag = None`` to start anew (``zero_grad`` of
-    this package's optimizers does).
+    Nothing is written before backward ends; if it raises, no diagonal has changed. Diagonals add up over several
+    backward passes exactly as ``.grad`` does, and belong to the user: set ``p.hess_diag = None`` to start anew
+    (``zero_grad`` of this package's optimizers does).
 
     Args:
         loss: A real tensor with one element that requires grad: the one on which ``backward()`` will be called.
-        params: The tensors that receive a diagonal, each of the tensor's shape, in its dtype (float32 for half precision).
-            None takes every leaf that requires grad. Frozen tensors, and those that the loss does not reach, get none. A
-            tensor inside the graph may be named as well, for example a network's output.
+        params: The tensors that receive a diagonal, each of the tensor's shape, in its dtype (float32 for half
+            precision). None takes every leaf that requires grad. Frozen tensors, and those that the loss does not
+            reach, get none. A tensor inside the graph may be named as well, for example a network's output.
         method: ``"hesscale"``; ``"hesscale_gn"``, which drops second derivatives inside the network, that is, at every
             operation that has a parameterised operation between itself and the loss; ``"bl89"``, Becker and LeCun's
             recursion, which takes softmax and log-softmax for pointwise operations.
@@ -298,9 +301,9 @@ def attach(loss: Tensor, params: Iterable[Tensor] | None = None, *, method: Meth
     Source: Elsayed, Farrahi, Dangel, Mahmood, "Revisiting Scalable Hessian Diagonal Approximations for Applications in
     Reinforcement Learning", ICML 2024, arXiv 2406.03276; Becker and LeCun, 1989.
     """
-    root = _root_of(loss, method)
+    root = root_of(loss, method)
     attachment = Attachment(loss.device.type)
-    wanted = _wanted(params)
+    wanted = _by_id(params)
     key = (type(root), method, None if wanted is None else len(wanted))
     hit = _plans.find(key, root, wanted)
     try:
@@ -317,8 +320,8 @@ def attach(loss: Tensor, params: Iterable[Tensor] | None = None, *, method: Meth
     except RuntimeError as error:
         if "through the graph a second time" in str(error):
             raise RuntimeError(
-                "the graph of this loss was freed by an earlier backward(): attach before backward, and once per backward; "
-                "to go through one graph twice use retain_graph=True"
+                "the graph of this loss was freed by an earlier backward(): attach before backward, and once per "
+                "backward; to go through one graph twice use retain_graph=True"
             ) from None
         raise
     # Everything that can be refused has been: only now is the graph touched.
@@ -336,7 +339,7 @@ def backward(
         loss: As for :func:`attach`.
         params: As for :func:`attach`.
         method: As for :func:`attach`.
-        backward_kwargs: Passed to ``torch.Tensor.backward``. With ``inputs=`` only those receive a gradient and a diagonal.
+        backward_kwargs: Passed to ``torch.Tensor.backward``. With ``inputs=`` only those receive gradient and diagonal.
 
     Example:
         >>> import torch
@@ -353,7 +356,8 @@ def backward(
         attachment.remove()
 
 
-def _root_of(loss: Tensor, method: str) -> Node:
+def root_of(loss: Tensor, method: str) -> Node:
+    """The node at which the graph of ``loss`` begins; raises if the loss or the method cannot be used."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if not isinstance(loss, Tensor):
@@ -365,8 +369,8 @@ def _root_of(loss: Tensor, method: str) -> Node:
     if earlier is not None and earlier.active:
         if not earlier._started:
             raise RuntimeError(
-                "this loss is attached already, and attaching it again would count its curvature twice: attach once per "
-                "backward(), or remove() the earlier attachment"
+                "this loss is attached already, and attaching it again would count its curvature twice: attach once "
+                "per backward(), or remove() the earlier attachment"
             )
         earlier.remove()  # its backward failed
     return root
@@ -379,14 +383,21 @@ def _unsuitable(loss: Tensor) -> Exception:
             "detached, or from parameters that are all frozen?"
         )
     if loss.numel() != 1:
-        return ValueError(f"the loss must have one element, got shape {tuple(loss.shape)}: reduce it with mean() or sum()")
+        return ValueError(
+            f"the loss must have one element, got shape {tuple(loss.shape)}: reduce it with mean() or sum()"
+        )
     if loss.is_complex():
         return TypeError(f"the loss must be real, got {loss.dtype}")
     return ValueError("the loss is a leaf tensor: there is no operation between it and the parameters")
 
 
-def _wanted(params: Iterable[Tensor] | None) -> dict[int, Tensor] | None:
-    """The wanted tensors by id."""
+def wanted_tensors(params: Iterable[Tensor] | None) -> tuple[dict[int, Tensor] | None, dict[Output, Tensor]]:
+    """The wanted tensors by id (None: every leaf), and those that are no leaves by the output they are."""
+    wanted = _by_id(params)
+    return wanted, {} if wanted is None else _inner(wanted)
+
+
+def _by_id(params: Iterable[Tensor] | None) -> dict[int, Tensor] | None:
     if params is None:
         return None
     if isinstance(params, Tensor):
@@ -395,7 +406,7 @@ def _wanted(params: Iterable[Tensor] | None) -> dict[int, Tensor] | None:
 
 
 def _inner(wanted: dict[int, Tensor]) -> dict[Output, Tensor]:
-    """The wanted tensors that are no leaves, by the output they are; where not all of ``wanted`` are leaves of the graph."""
+    """The wanted tensors that are no leaves, by the output they are."""
     inner: dict[Output, Tensor] = {}
     for p in wanted.values():
         if not isinstance(p, Tensor):

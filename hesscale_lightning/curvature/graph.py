@@ -1,12 +1,12 @@
 """The part of an autograd graph that leads from a loss to the wanted tensors, in the order in which backward meets it.
 
 This module knows nodes, edges and leaves, and nothing of calculus: which operation a node stands for, and what its
-curvature is, is the registry's and the rules' business. Only ``next_functions``, ``name()`` and, for leaves, ``variable``
-are read here, so that walking a graph unpacks no saved tensor.
+curvature is, is the registry's and the rules' business. Only ``next_functions``, ``name()`` and, for leaves,
+``variable`` are read here, so that walking a graph unpacks no saved tensor.
 
-Walking is most of the fixed cost of a step on a small network, and a training loop builds the same graph at every step. So
-the first walk, :func:`trace`, leaves a :class:`Route`, and :func:`follow` goes the same way through the next step's graph,
-comparing as it goes, and gives up at the first difference.
+Walking is most of the fixed cost of a step on a small network, and a training loop builds the same graph at every
+step. So the first walk, :func:`trace`, leaves a :class:`Route`, and :func:`follow` goes the same way through the next
+step's graph, comparing as it goes, and gives up at the first difference.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Node = Any  # torch.autograd.graph.Node is an abstract base that its own instanc
 Edge = tuple[Node, int, bool]
 
 _leaf = torch.empty((1, 1), requires_grad=True)
-TBackward = type(_leaf.t().grad_fn)
-AccumulateGrad = type(_leaf.t().grad_fn.next_functions[0][0])  # type: ignore[union-attr]
+TBackward: Any = type(_leaf.t().grad_fn)
+AccumulateGrad: Any = type(_leaf.t().grad_fn.next_functions[0][0])  # type: ignore[union-attr]
 del _leaf
 
 
@@ -34,8 +34,8 @@ class Trace:
     """The wanted part of a graph.
 
     Attributes:
-        nodes: Every node on a path from the root to a wanted tensor, the leaves' ``AccumulateGrad`` included, each before
-            all nodes that it leads to, which is an order in which backward may run. The root comes first.
+        nodes: Every node on a path from the root to a wanted tensor, the leaves' ``AccumulateGrad`` included, each
+            before all nodes that it leads to, which is an order in which backward may run. The root comes first.
         index: Position of each of these nodes in ``nodes``; -1 for a visited node that leads to no wanted tensor.
         edges: Where the inputs of every visited node came from, in the order of ``next_functions``; none for leaves.
         leaves: How many wanted leaves were found.
@@ -66,7 +66,7 @@ def trace(root: Node, leaves: Container[int] | None, inner: Iterable[tuple[Node,
         if node in edges:
             stack.pop()
             if node not in index:
-                if node in goals or any([index[child] >= 0 for child, _, _ in edges[node]]):
+                if node in goals or any(index[child] >= 0 for child, _, _ in edges[node]):
                     index[node] = len(finished)
                     finished.append(node)
                 else:
@@ -103,13 +103,13 @@ class Route:
     """How a trace went, without the nodes: to be followed through other graphs of the same structure.
 
     Attributes:
-        visits: For each node that has inputs, in the order of the trace: its slot, and for each input the slot and type of
-            the node that it came from, which output, and whether transposed. None for an input without a node.
+        visits: For each node that has inputs, in the order of the trace: its slot, and for each input the slot and
+            type of the node that it came from, which output, and whether transposed. None for an input without a node.
         wanted: How many slots hold wanted nodes; these are the positions of ``Trace.nodes``.
         slots: How many nodes there are.
     """
 
-    visits: list[tuple[int, list[tuple[int, type, int, bool] | None]]]
+    visits: list[tuple[int, list[tuple[int, Any, int, bool] | None]]]
     wanted: int
     slots: int
 

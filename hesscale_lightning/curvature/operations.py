@@ -1,6 +1,6 @@
 """The table of supported operations in the documentation, made from the registered rules.
 
-    python -m hesscale_lightning.curvature.operations [--write]
+python -m hesscale_lightning.curvature.operations [--write]
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ def operations_table() -> str:
     for name, rule in registered_rules().items():
         family, text = _describe(rule)
         if family:
-            families.setdefault(family, {}).setdefault(text, []).append(name.removesuffix("Backward0").removesuffix("Backward"))
+            families.setdefault(family, {}).setdefault(text, []).append(
+                name.removesuffix("Backward0").removesuffix("Backward")
+            )
     lines = ["| family | operations (autograd nodes) | rule |", "|---|---|---|"]
     for family, rows in sorted(families.items()):
         for text, names in rows.items():

@@ -1,6 +1,7 @@
 """What to do with the graphs of one structure: found once, used at every step of a training loop.
 
-A :class:`Plan` holds positions, flags and rules, and neither nodes nor tensors, so that keeping it keeps nothing else alive.
+A :class:`Plan` holds positions, flags and rules, and neither nodes nor tensors, so that keeping it keeps nothing else
+alive.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def make_plan(root: Node, found: Trace, goals: list[Output], method: str) -> Pla
     nodes, index, edges = found.nodes, found.index, found.edges
     rules = [None if type(node) is AccumulateGrad else _rule_for(root, node) for node in nodes]
     inside = _inside_network(found, rules) if method == "hesscale_gn" else [False] * len(nodes)
-    joiner = _Joiner(found, rules, inside, {node for node, _ in goals})
+    joiner = Joiner(found, rules, inside, {node for node, _ in goals})
     beyond: dict[tuple[int, int], int] = {}
     size = len(nodes)
 
@@ -149,7 +150,7 @@ def _inside_network(found: Trace, rules: list[Rule | None]) -> list[bool]:
     return inside
 
 
-class _Joiner:
+class Joiner:
     """Finds the elementwise operations of a graph that are carried together; see :mod:`.elementwise`."""
 
     def __init__(self, found: Trace, rules: list[Rule | None], inside: list[bool], outside: set[Node]) -> None:
@@ -160,6 +161,7 @@ class _Joiner:
         self._consumers: list[list[int]] | None = None
 
     def ending_in(self, position: int) -> Composite | None:
+        """The composite in which paths meet at the node at ``position``, or None."""
         nodes, index, edges = self._found.nodes, self._found.index, self._found.edges
 
         def partials(below: int) -> PartialsRule | None:

@@ -1,4 +1,4 @@
-"""Dense references: slow, obviously right, and shipped so that a rule or a model of one's own can be checked against them.
+"""Dense references, slow and obviously right, shipped so that users can check rules and models of their own.
 
 Everything here differentiates twice by autograd and visits every entry, so it is for small networks. Use float64.
 """
@@ -31,7 +31,9 @@ def exact_hess_diag(loss: Tensor, params: Iterable[Tensor]) -> list[Tensor]:
         [tensor([ 6., 12.])]
     """
     if loss.numel() != 1:
-        raise ValueError(f"the loss must have one element, got shape {tuple(loss.shape)}: reduce it with mean() or sum()")
+        raise ValueError(
+            f"the loss must have one element, got shape {tuple(loss.shape)}: reduce it with mean() or sum()"
+        )
     params = list(params)
     gradients = torch.autograd.grad(loss.sum(), params, create_graph=True, allow_unused=True)
     diagonals = []

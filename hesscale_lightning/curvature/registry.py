@@ -5,8 +5,8 @@ backward has passed it:
 
 1. when a loss is attached, the rule is called once for every node of its kind with an :class:`Operation`; it takes from
    the node what the formula needs, and refuses here what it cannot do;
-2. it returns the *formula*, a function that the engine calls during backward with the curvature of the operation's output
-   (and the gradient, if the rule is ``curved``) and that returns the curvature of each input.
+2. it returns the *formula*, a function that the engine calls during backward with the curvature of the operation's
+   output (and the gradient, if the rule is ``curved``) and that returns the curvature of each input.
 
 Built-in rules and users' rules are registered by the same function and treated alike.
 """
@@ -94,6 +94,7 @@ class Rule:
     multi_output: bool
     view: bool
     partials: PartialsRule | None
+    bilinear: bool
 
 
 _rules: dict[str, Rule] = {}
@@ -107,6 +108,7 @@ def register_rule(
     multi_output: bool = False,
     view: bool = False,
     partials: PartialsRule | None = None,
+    bilinear: bool = False,
 ) -> Callable[[Callable[[Operation], Formula]], Callable[[Operation], Formula]]:
     """Registers how curvature passes an operation, by the name of its autograd node.
 
@@ -118,19 +120,22 @@ def register_rule(
     ``operation.node`` (``node._saved_x``; for a ``torch.autograd.Function`` its context, ``node.saved_tensors``), and
     returns the formula. The formula of a plain rule is called as ``formula(h)``, and only where ``h`` is not zero. The
     formula of a ``curved`` rule is called as ``formula(g, h)`` where either may be None: ``h`` if it is exactly zero,
-    ``g`` if the second-derivative term is dropped (Gauss-Newton inside the network). Gradients are off in a formula, and
-    it must return new tensors or views of ``h``, never ``g`` itself. A later registration replaces an earlier one.
+    ``g`` if the second-derivative term is dropped (Gauss-Newton inside the network). Gradients are off in a formula,
+    and it must return new tensors or views of ``h``, never ``g`` itself. A later registration replaces an earlier one.
 
     Args:
         names: Names of autograd nodes, as ``tensor.grad_fn.name()`` prints them. For a ``torch.autograd.Function``
             called ``Scale`` it is ``"ScaleBackward"``.
         curved: The operation has a second derivative, so its formula needs the gradient.
-        multi_output: The operation has several differentiable outputs; ``g`` and ``h`` are then tuples with an entry (or
-            None) for each.
+        multi_output: The operation has several differentiable outputs; ``g`` and ``h`` are then tuples with an entry
+            (or None) for each.
         view: The operation only rearranges or casts one tensor. A parameter stays a parameter behind it, which decides
             where Gauss-Newton stops keeping second derivatives.
         partials: For an elementwise operation its derivatives, so that the engine can join it with its neighbours where
-            paths meet; see ``hesscale_lightning.curvature.elementwise``, which registers such operations by these alone.
+            paths meet; see ``hesscale_lightning.curvature.elementwise``, which registers such operations by these
+            alone.
+        bilinear: The operation has mixed second derivatives in two of its inputs, as a product has. They play no part
+            in a rule; the coverage report tells where they are lost because both inputs come from one tensor.
 
     Example:
         >>> import torch
@@ -155,7 +160,7 @@ def register_rule(
 
     def register(build: Callable[[Operation], Formula]) -> Callable[[Operation], Formula]:
         for name in names:
-            _rules[name] = Rule(name, build, curved, multi_output, view, partials)
+            _rules[name] = Rule(name, build, curved, multi_output, view, partials, bilinear)
         _rule_of_type.clear()
         for listener in _listeners:
             listener()
@@ -165,7 +170,9 @@ def register_rule(
         raise ValueError('register_rule needs at least one node name, for example register_rule("TanhBackward0")')
     for name in names:
         if not isinstance(name, str):
-            raise TypeError(f"register_rule takes names of autograd nodes, got {name!r}; use it as @register_rule('Name')")
+            raise TypeError(
+                f"register_rule takes names of autograd nodes, got {name!r}; use it as @register_rule('Name')"
+            )
     return register
 
 
@@ -207,8 +214,10 @@ def no_rule(root: Node, node: Node, hint: str = "") -> UnsupportedOperationError
     """The error for a node without a rule: its name, the way to it from the loss, and what to do."""
     name = node.name()
     way = " -> ".join(step.name() for step in path(root, node))
-    advice = hint or _ADVICE.get(name) or (
-        f'register a rule for it with @hesscale_lightning.register_rule("{name}"), or take the parameters behind it out '
-        "of params"
-    )
+    advice = hint or _ADVICE.get(name)
+    if not advice:
+        advice = (
+            f'register a rule for it with @hesscale_lightning.register_rule("{name}"), or take the parameters behind '
+            "it out of params"
+        )
     return UnsupportedOperationError(f"no curvature rule for {name}. Path from the loss: {way}. What to do: {advice}.")

@@ -1,4 +1,4 @@
-"""One table format for all rules, and the check that a case runs: the engine against dense derivatives of one operation."""
+"""One table format for all rules, and what a case runs: the engine against dense derivatives."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Case:
         inputs: Shapes (filled with normal numbers) or ready float64 tensors.
         nodes: Names of the autograd nodes whose rules this case proves; checked to be in its graph.
         positive: Inputs are made positive (for logarithms and roots).
-        reference: The same function of twice differentiable operations, where torch does not differentiate its own twice.
+        reference: The same function of twice differentiable operations, where torch's own is not.
         at_loss: A composition that is exact directly at a loss only, that is, while no curvature arrives from above.
     """
 
@@ -79,8 +79,8 @@ def node_names(loss: Tensor) -> set[str]:
 def check(case: Case, dtype: torch.dtype = torch.float64) -> None:
     """Compares the engine with the dense local formula, relative error below 1e-9.
 
-    Four times: curvature and gradient arrive; only the gradient does, as directly at the loss; only curvature does, because
-    the gradient is zero, and because Gauss-Newton drops the second derivative.
+    Four times: curvature and gradient arrive; only the gradient does, as directly at the loss; only curvature does,
+    because the gradient is zero, and because Gauss-Newton drops the second derivative.
     """
     for with_g, with_h, method in ((1, 1, "hesscale"), (1, 0, "hesscale"), (0, 1, "hesscale"), (1, 1, "hesscale_gn")):
         if case.at_loss and with_h:

@@ -35,7 +35,9 @@ CASES = [
     Case("pow broadcast", torch.pow, [(3, 4), (4,)], ["PowBackward1"], positive=True),
     Case("pow of a number", lambda p: 2**p, [(3, 4)], ["PowBackward2"]),
     Case("addcmul", lambda c, a, b: torch.addcmul(c, a, b, value=0.5), [(3, 4), (4,), (3, 1)], ["AddcmulBackward0"]),
-    Case("addcdiv", lambda c, a, b: torch.addcdiv(c, a, b, value=0.5), [(3, 4), (4,), (3, 1)], ["AddcdivBackward0"], True),
+    Case(
+        "addcdiv", lambda c, a, b: torch.addcdiv(c, a, b, value=0.5), [(3, 4), (4,), (3, 1)], ["AddcdivBackward0"], True
+    ),
     Case("lerp number", lambda a, b: torch.lerp(a, b, 0.3), AB, ["LerpBackward0"]),
     Case("lerp tensor", torch.lerp, [(3, 4), (3, 4), (4,)], ["LerpBackward1"]),
     Case("maximum", torch.maximum, AB, ["MaximumBackward0"]),
@@ -62,7 +64,9 @@ MEETING = [
     Case("gate of broadcast tensors", lambda x, y: x * torch.sigmoid(x * y) * y, [(3, 4), (4,)]),
     Case("polynomial", lambda x: 1 + x * (2 + x * (3 - x)), [(3, 4)]),
     Case("gelu by hand", lambda x: 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.04 * x**3))), [(3, 4)]),
-    Case("gaussian log density", lambda x, m, s: -((x - m) ** 2) / (2 * s**2) - s.log(), [(3, 4), (3, 4), (4,)], (), True),
+    Case(
+        "gaussian log density", lambda x, m, s: -((x - m) ** 2) / (2 * s**2) - s.log(), [(3, 4), (3, 4), (4,)], (), True
+    ),
     Case("exponent of itself", lambda x: x**x, [(3, 4)], positive=True),
     Case("in place", lambda x: (x * 1).mul_(x).add_(x), [(3, 4)]),
 ]

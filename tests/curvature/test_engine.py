@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from tests.curvature.oracle import Probe
 def mlp(*sizes: int, act: type[nn.Module] = nn.Tanh) -> nn.Sequential:
     torch.manual_seed(0)
     layers: list[nn.Module] = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in pairwise(sizes):
         layers += [nn.Linear(a, b), act()]
     return nn.Sequential(*layers[:-1]).double()
 
@@ -32,7 +33,8 @@ def diagonals(model: nn.Module) -> list[Tensor | None]:
     return [None if (h := getattr(p, "hess_diag", None)) is None else h.clone() for p in model.parameters()]
 
 
-# -- the recursion ------------------------------------------------------------------------------------------------------
+# -- the recursion
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_hesscale_of_an_mlp_equals_the_published_recursion() -> None:
@@ -107,7 +109,8 @@ def test_gauss_newton_sees_a_critic_that_is_not_optimised_as_part_of_the_loss() 
     assert dropped[2].abs().max() > 0
 
 
-# -- exact where it must be ---------------------------------------------------------------------------------------------
+# -- exact where it must be
+# ---------------------------------------------------------------------------------------------
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -196,7 +199,8 @@ def test_last_linear_layer_is_exact(name: str, reduction: str) -> None:
         torch.testing.assert_close(p.hess_diag, e, rtol=1e-9, atol=1e-12)
 
 
-# -- who receives a diagonal --------------------------------------------------------------------------------------------
+# -- who receives a diagonal
+# --------------------------------------------------------------------------------------------
 
 
 def test_diagonals_add_up_like_gradients() -> None:
@@ -324,7 +328,8 @@ def test_curvature_of_a_float64_loss_on_a_float32_network() -> None:
     assert {p.hess_diag.dtype for p in model.parameters()} == {torch.float32}
 
 
-# -- errors -------------------------------------------------------------------------------------------------------------
+# -- errors
+# -------------------------------------------------------------------------------------------------------------
 
 
 class Unknown(torch.autograd.Function):
@@ -417,8 +422,8 @@ def test_attaching_twice_is_refused_and_removing_allows_it() -> None:
 def test_rule_that_returns_a_wrong_shape_is_named() -> None:
     register_rule("UnknownBackward")(lambda op: lambda h: (h.sum(0),))
     try:
+        w = torch.randn(3, 2, requires_grad=True)
         with pytest.raises(RuntimeError, match="wrong shape"):
-            w = torch.randn(3, 2, requires_grad=True)
             backward(Unknown.apply(w).exp().sum())
         assert getattr(w, "hess_diag", None) is None
         register_rule("UnknownBackward")(lambda op: lambda h: ())
@@ -433,7 +438,8 @@ def test_rule_that_returns_a_wrong_shape_is_named() -> None:
             listener()
 
 
-# -- when backward does not go as planned -------------------------------------------------------------------------------
+# -- when backward does not go as planned
+# -------------------------------------------------------------------------------
 
 
 def failing(loss_of: Callable[[Tensor], Tensor], model: nn.Sequential, x: Tensor) -> Tensor:
@@ -579,7 +585,8 @@ def test_threads_of_several_networks_do_not_disturb_each_other() -> None:
     assert results == [[h.shape for h in expected]] * 4
 
 
-# -- nothing stays behind -----------------------------------------------------------------------------------------------
+# -- nothing stays behind
+# -----------------------------------------------------------------------------------------------
 
 
 def alive() -> int:
@@ -647,12 +654,15 @@ def test_importing_the_engine_imports_no_framework() -> None:
     import subprocess
     import sys
 
-    code = "import sys, hesscale_lightning.curvature; print([m for m in ('lightning', 'torchmetrics') if m in sys.modules])"
+    code = (
+        "import sys, hesscale_lightning.curvature; "
+        "print([m for m in ('lightning', 'torchmetrics') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-# -- users' own operations ----------------------------------------------------------------------------------------------
+# -- users' own operations -------------------------------------------------------------------------------------------
 
 
 def test_probe_is_a_rule_of_the_users_kind() -> None:

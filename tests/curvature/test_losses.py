@@ -26,7 +26,12 @@ LOSSES: list[tuple[str, Callable[[Tensor, str], Tensor], tuple[int, ...], str]] 
     ("smooth_l1", lambda x, r: F.smooth_l1_loss(x, TARGET, beta=0.7, reduction=r), (4, 3), "SmoothL1LossBackward0"),
     ("l1", lambda x, r: F.l1_loss(x, TARGET, reduction=r), (4, 3), "AbsBackward0"),
     ("soft_margin", lambda x, r: F.soft_margin_loss(x, SIGN, reduction=r), (4, 3), "SoftMarginLossBackward0"),
-    ("bce", lambda x, r: F.binary_cross_entropy(x.sigmoid(), PROBABILITY, reduction=r), (4, 3), "BinaryCrossEntropyBackward0"),
+    (
+        "bce",
+        lambda x, r: F.binary_cross_entropy(x.sigmoid(), PROBABILITY, reduction=r),
+        (4, 3),
+        "BinaryCrossEntropyBackward0",
+    ),
     (
         "weighted bce",
         lambda x, r: F.binary_cross_entropy(x.sigmoid(), PROBABILITY, WEIGHT, reduction=r),
@@ -47,7 +52,12 @@ LOSSES: list[tuple[str, Callable[[Tensor, str], Tensor], tuple[int, ...], str]] 
     ),
     ("nll", lambda x, r: F.nll_loss(x, LABEL, reduction=r), (4, 3), "NllLossBackward0"),
     ("weighted nll", lambda x, r: F.nll_loss(x, LABEL, WEIGHT, reduction=r), (4, 3), "NllLossBackward0"),
-    ("nll ignoring a class", lambda x, r: F.nll_loss(x, LABEL, ignore_index=2, reduction=r), (4, 3), "NllLossBackward0"),
+    (
+        "nll ignoring a class",
+        lambda x, r: F.nll_loss(x, LABEL, ignore_index=2, reduction=r),
+        (4, 3),
+        "NllLossBackward0",
+    ),
     ("nll of one sample", lambda x, r: F.nll_loss(x, LABEL[0], reduction=r), (3,), "NllLossBackward0"),
     ("nll of images", lambda x, r: F.nll_loss(x, IMAGE_LABEL, WEIGHT, reduction=r), (2, 3, 2, 2), "NllLoss2DBackward0"),
     ("cross_entropy", lambda x, r: F.cross_entropy(x, LABEL, reduction=r), (4, 3), "LogSoftmaxBackward0"),
@@ -70,7 +80,12 @@ LOSSES: list[tuple[str, Callable[[Tensor, str], Tensor], tuple[int, ...], str]] 
         (4, 3),
         "LogSoftmaxBackward0",
     ),
-    ("cross_entropy of images", lambda x, r: F.cross_entropy(x, IMAGE_LABEL, reduction=r), (2, 3, 2, 2), "NllLoss2DBackward0"),
+    (
+        "cross_entropy of images",
+        lambda x, r: F.cross_entropy(x, IMAGE_LABEL, reduction=r),
+        (2, 3, 2, 2),
+        "NllLoss2DBackward0",
+    ),
     ("kl_div", lambda x, r: F.kl_div(x, PROBABILITY, reduction=r), (4, 3), "MulBackward0"),
     ("kl_div of log targets", lambda x, r: F.kl_div(x, TARGET, reduction=r, log_target=True), (4, 3), "SubBackward0"),
     ("poisson nll", lambda x, r: F.poisson_nll_loss(x, PROBABILITY, reduction=r), (4, 3), "ExpBackward0"),
@@ -90,7 +105,7 @@ def cases() -> Iterator[Case]:
     yield Case("smooth_l1 of two inputs", F.smooth_l1_loss, [(4, 3), (4, 3)], ["SmoothL1LossBackward0"])
 
 
-CASES = [case for case in cases()]
+CASES = list(cases())
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -23,7 +23,12 @@ def batch_norm_eval(x: Tensor, w: Tensor | None = None, b: Tensor | None = None)
 LAYER, GROUP, BATCH = ["NativeLayerNormBackward0"], ["NativeGroupNormBackward0"], ["NativeBatchNormBackward0"]
 CASES = [
     Case("layer_norm", lambda x, w, b: F.layer_norm(x, (4,), w, b), [(3, 4), (4,), (4,)], LAYER),
-    Case("layer_norm of two dimensions", lambda x, w, b: F.layer_norm(x, (3, 4), w, b), [(2, 3, 4), (3, 4), (3, 4)], LAYER),
+    Case(
+        "layer_norm of two dimensions",
+        lambda x, w, b: F.layer_norm(x, (3, 4), w, b),
+        [(2, 3, 4), (3, 4), (3, 4)],
+        LAYER,
+    ),
     Case("layer_norm of everything", lambda x, w, b: F.layer_norm(x, (4,), w, b), [(4,), (4,), (4,)], LAYER),
     Case("layer_norm without affine", lambda x: F.layer_norm(x, (4,)), [(2, 3, 4)], LAYER),
     Case("layer_norm without bias", lambda x, w: F.layer_norm(x, (4,), w), [(3, 4), (4,)], LAYER),

@@ -113,7 +113,12 @@ CASES = [
     spread("clamp below", lambda x: x.clamp(min=-1.0), "ClampBackward1"),
     spread("clamp_min", lambda x: torch.clamp_min(x, -1.0), "ClampMinBackward0"),
     spread("clamp_max", lambda x: torch.clamp_max(x, 1.0), "ClampMaxBackward0"),
-    Case("clamp at its bounds", lambda x: x.clamp(-1.0, 1.0), [torch.tensor([-1.0, 0.0, 1.0]).double()], ["ClampBackward1"]),
+    Case(
+        "clamp at its bounds",
+        lambda x: x.clamp(-1.0, 1.0),
+        [torch.tensor([-1.0, 0.0, 1.0]).double()],
+        ["ClampBackward1"],
+    ),
 ]
 
 

@@ -4,6 +4,7 @@ from hesscale_lightning.curvature.rules import (
     arithmetic,
     convolution,
     copy_slices,
+    distributed,
     embedding,
     indexing,
     linear,

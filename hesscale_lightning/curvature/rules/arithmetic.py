@@ -1,13 +1,14 @@
 """Sums, products and other elementwise functions of several tensors, with broadcasting.
 
-Each is given by its partials (see :mod:`hesscale_lightning.curvature.elementwise`): first derivatives by each input, second
-derivatives by pairs. Mixed ones play no part for the operation alone; they carry the cross terms where its inputs come from
-one tensor, as in ``x * x``.
+Each is given by its partials (see :mod:`hesscale_lightning.curvature.elementwise`): first derivatives by each input,
+second derivatives by pairs. Mixed ones play no part for the operation alone; they carry the cross terms where its
+inputs come from one tensor, as in ``x * x``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def rsub(op: Operation) -> PartialsFunction:
     return lambda _: ((-alpha, 1.0), {})
 
 
-def _operand(x: Tensor | float | None) -> Tensor | float | None:
+def _operand(x: Tensor | float | None) -> Any:
     """A saved operand: a number, which torch saves as a tensor on the CPU, is a number again."""
     if not isinstance(x, Tensor):
         return x
@@ -77,8 +78,7 @@ def div(op: Operation) -> PartialsFunction:
     op.curved = by_divisor
 
     def partials(curved: bool) -> Partials:
-        divisor = _operand(b)
-        inverse = 1 / divisor
+        inverse: Any = 1 / _operand(b)
         if not by_divisor:
             return (inverse,), {}
         slope = -inverse * inverse
@@ -90,7 +90,7 @@ def div(op: Operation) -> PartialsFunction:
 
 @elementwise("PowBackward1")
 def pow_tensor(op: Operation) -> PartialsFunction:
-    """``x^p``: ``p x^(p-1)``, ``y ln x``; ``f_xx = p (p-1) x^(p-2)``, ``f_xp = x^(p-1) (1 + p ln x)``, ``f_pp = y ln^2 x``."""
+    """``y = x^p``: ``f_xx = p (p-1) x^(p-2)``, ``f_xp = x^(p-1) (1 + p ln x)``, ``f_pp = y ln^2 x``."""
     saved, exponent, result = op.node._saved_self, op.node._saved_exponent, op.node._saved_result
 
     def partials(curved: bool) -> Partials:
@@ -196,7 +196,7 @@ def extremum_ignoring_nan(op: Operation) -> PartialsFunction:
 
 @elementwise("Atan2Backward0")
 def atan2(op: Operation) -> PartialsFunction:
-    """``atan2(a, b)`` with ``r = a^2 + b^2``: ``b/r``, ``-a/r``; ``f_aa = -2 a b/r^2 = -f_bb``, ``f_ab = (a^2 - b^2)/r^2``."""
+    """With ``r = a^2 + b^2``: ``b/r``, ``-a/r``; ``f_aa = -2 a b/r^2 = -f_bb``, ``f_ab = (a^2 - b^2)/r^2``."""
     saved_a, saved_b = op.node._saved_self, op.node._saved_other
 
     def partials(_: bool) -> Partials:
@@ -259,8 +259,6 @@ def xlogy_number_first(op: Operation) -> PartialsFunction:
         return (x / y,), {(0, 0): -x / (y * y)}
 
     return partials
-
-
 
 
 @elementwise("XlogyBackward2", curved=False)

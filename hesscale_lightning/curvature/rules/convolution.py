@@ -17,7 +17,7 @@ _convolution_backward = torch.ops.aten.convolution_backward.default
 _conv_tbc_backward = torch.ops.aten.conv_tbc_backward.default
 
 
-@register_rule("ConvolutionBackward0", "ConvolutionBackward1")
+@register_rule("ConvolutionBackward0", "ConvolutionBackward1", bilinear=True)
 def convolution(op: Operation) -> Formula:
     """Any number of dimensions, strided, padded, dilated, grouped and transposed."""
     node = op.node
@@ -30,7 +30,7 @@ def convolution(op: Operation) -> Formula:
 
 @register_rule(
     "MkldnnConvolutionBackward0", "SlowConv2DBackward0", "SlowConv3DBackward0", "SlowConvDilated2DBackward0",
-    "SlowConvDilated3DBackward0", "SlowConvTranspose2DBackward0", "SlowConvTranspose3DBackward0",
+    "SlowConvDilated3DBackward0", "SlowConvTranspose2DBackward0", "SlowConvTranspose3DBackward0", bilinear=True,
 )  # fmt: skip
 def convolution_of_one_backend(op: Operation) -> Formula:
     """Kernels called by their own names, which have saved only the settings they know."""
@@ -59,7 +59,7 @@ def _formula(op: Operation, x: Tensor, w: Tensor, *settings: object) -> Formula:
     return formula
 
 
-@register_rule("ConvTbcBackward0")
+@register_rule("ConvTbcBackward0", bilinear=True)
 def conv_tbc(op: Operation) -> Formula:
     """A convolution of (time, batch, channel), always with bias."""
     node = op.node

@@ -23,7 +23,7 @@ _masked_scatter_backward = _aten.masked_scatter_backward.default
 _NONE = torch.Size()  # the shape of an input whose curvature is not needed
 
 
-# -- picking by index or mask ------------------------------------------------------------------------------------------
+# -- picking by index or mask ----------------------------------------------------------------------------------------
 
 
 @register_rule("IndexBackward0", "UnsafeIndexBackward0", view=True)
@@ -79,7 +79,7 @@ def where(op: Operation) -> Formula:
     return as_inputs(op, formula)
 
 
-# -- putting in place --------------------------------------------------------------------------------------------------
+# -- putting in place ------------------------------------------------------------------------------------------------
 
 
 @register_rule("IndexPutBackward0", "IndexPutImplBackward0", "UnsafeIndexPutBackward0")

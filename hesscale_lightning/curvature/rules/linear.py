@@ -1,7 +1,7 @@
 """Matrix products: bilinear, so the squared Jacobian is the same product with the other operand squared.
 
-For ``Y = A B`` that is ``h_A = h (B^2)^T`` and ``h_B = (A^2)^T h``, with squares taken entry by entry; there is no second
-derivative in one operand.
+For ``Y = A B`` that is ``h_A = h (B^2)^T`` and ``h_B = (A^2)^T h``, with squares taken entry by entry; there is no
+second derivative in one operand.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, register_rule
 from hesscale_lightning.curvature.precision import squared
+from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, register_rule
 
 
 def _right_operand(a: Tensor, h: Tensor, transposed: bool) -> Tensor:
@@ -18,7 +18,7 @@ def _right_operand(a: Tensor, h: Tensor, transposed: bool) -> Tensor:
     return h.t().mm(squared(a)) if transposed else squared(a).t().mm(h)
 
 
-@register_rule("MmBackward0")
+@register_rule("MmBackward0", bilinear=True)
 def mm(op: Operation) -> Formula:
     a, b = op.node._saved_self, op.node._saved_mat2  # None where the other operand needs no gradient
     need_a, need_b = op.needs
@@ -34,13 +34,13 @@ def mm(op: Operation) -> Formula:
     return formula
 
 
-@register_rule("AddmmBackward0")
+@register_rule("AddmmBackward0", bilinear=True)
 def addmm(op: Operation) -> Formula:
     """``Y = beta C + alpha A B``."""
     a, b = op.node._saved_mat1, op.node._saved_mat2
     alpha, beta = op.node._saved_alpha, op.node._saved_beta
     need_c, need_a, need_b = op.needs
-    shape = op.input_shape(0) if need_c else None
+    shape = op.input_shape(0) if need_c else torch.Size()
     transposed = op.transposed[2]
     op.transposed[2] = False
 
@@ -61,7 +61,7 @@ def addmm(op: Operation) -> Formula:
     return formula
 
 
-@register_rule("BmmBackward0")
+@register_rule("BmmBackward0", bilinear=True)
 def bmm(op: Operation) -> Formula:
     a, b = op.node._saved_self, op.node._saved_mat2
     need_a, need_b = op.needs
@@ -71,13 +71,13 @@ def bmm(op: Operation) -> Formula:
     )
 
 
-@register_rule("BaddbmmBackward0")
+@register_rule("BaddbmmBackward0", bilinear=True)
 def baddbmm(op: Operation) -> Formula:
     """``Y = beta C + alpha A B``."""
     a, b = op.node._saved_batch1, op.node._saved_batch2
     alpha, beta = op.node._saved_alpha, op.node._saved_beta
     need_c, need_a, need_b = op.needs
-    shape = op.input_shape(0) if need_c else None
+    shape = op.input_shape(0) if need_c else torch.Size()
 
     def formula(h: Tensor) -> Diagonals:
         scaled = h * alpha**2
@@ -90,13 +90,13 @@ def baddbmm(op: Operation) -> Formula:
     return formula
 
 
-@register_rule("AddbmmBackward0")
+@register_rule("AddbmmBackward0", bilinear=True)
 def addbmm(op: Operation) -> Formula:
     """``Y = beta C + alpha sum_k A_k B_k``."""
     a, b = op.node._saved_batch1, op.node._saved_batch2
     alpha, beta = op.node._saved_alpha, op.node._saved_beta
     need_c, need_a, need_b = op.needs
-    shape = op.input_shape(0) if need_c else None
+    shape = op.input_shape(0) if need_c else torch.Size()
 
     def formula(h: Tensor) -> Diagonals:
         scaled = (h * alpha**2).unsqueeze(0)
@@ -109,7 +109,7 @@ def addbmm(op: Operation) -> Formula:
     return formula
 
 
-@register_rule("MvBackward0")
+@register_rule("MvBackward0", bilinear=True)
 def mv(op: Operation) -> Formula:
     a, x = op.node._saved_self, op.node._saved_vec
     need_a, need_x = op.needs
@@ -119,13 +119,13 @@ def mv(op: Operation) -> Formula:
     )
 
 
-@register_rule("AddmvBackward0")
+@register_rule("AddmvBackward0", bilinear=True)
 def addmv(op: Operation) -> Formula:
     """``y = beta c + alpha A x``."""
     a, x = op.node._saved_mat, op.node._saved_vec
     alpha, beta = op.node._saved_alpha, op.node._saved_beta
     need_c, need_a, need_x = op.needs
-    shape = op.input_shape(0) if need_c else None
+    shape = op.input_shape(0) if need_c else torch.Size()
 
     def formula(h: Tensor) -> Diagonals:
         scaled = h * alpha**2
@@ -138,13 +138,13 @@ def addmv(op: Operation) -> Formula:
     return formula
 
 
-@register_rule("AddrBackward0")
+@register_rule("AddrBackward0", bilinear=True)
 def addr(op: Operation) -> Formula:
     """``Y = beta C + alpha a b^T``."""
     a, b = op.node._saved_vec1, op.node._saved_vec2
     alpha, beta = op.node._saved_alpha, op.node._saved_beta
     need_c, need_a, need_b = op.needs
-    shape = op.input_shape(0) if need_c else None
+    shape = op.input_shape(0) if need_c else torch.Size()
 
     def formula(h: Tensor) -> Diagonals:
         scaled = h * alpha**2
@@ -157,7 +157,7 @@ def addr(op: Operation) -> Formula:
     return formula
 
 
-@register_rule("DotBackward0")
+@register_rule("DotBackward0", bilinear=True)
 def dot(op: Operation) -> Formula:
     a, b = op.node._saved_self, op.node._saved_tensor
     need_a, need_b = op.needs

@@ -38,14 +38,14 @@ def _entrywise(op: Operation, slopes: Slopes, symmetric: bool = False, weight: T
 
     def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
         first, second = slopes(full(x), full(t), h is not None)
-        total = None
+        total: Tensor | float = 0.0
         if h is not None:
             slope = first * scale if weight is None else first * full(weight) * scale
             total = slope * slope * h
         if g is not None:
             factor = g * scale if weight is None else g * full(weight) * scale
-            made = factor * second
-            total = made if total is None else total + made
+            total = total + factor * second
+        assert isinstance(total, Tensor)  # one of them is there
         total = total.expand(shape)
         return (total, total) if symmetric else (total, *[None] * (len(op.needs) - 1))
 
@@ -128,7 +128,7 @@ def bce_with_logits(op: Operation) -> Formula:
 
 @register_rule("NllLossBackward0", "NllLoss2DBackward0")
 def nll(op: Operation) -> Formula:
-    """Linear in the log-probabilities: the target's entry gets ``(w / W)^2 h``, with ``W`` the mean's divisor (else 1)."""
+    """Linear: the target's entry gets ``(w / W)^2 h``, with ``W`` the mean's divisor (else 1)."""
     node = op.node
     x, target, weight, divisor = node._saved_self, node._saved_target, node._saved_weight, node._saved_total_weight
     reduction, ignored = node._saved_reduction, node._saved_ignore_index

@@ -1,6 +1,7 @@
 """Layer, group, instance and batch norm: exact local diagonals in closed form, linear cost.
 
-With ``z = (x - mu) / s`` over the ``N`` entries of a group, ``g`` and ``h`` at ``z``, ``H_k = sum z^k h``, ``G_k = sum z^k g``:
+With ``z = (x - mu) / s`` over the ``N`` entries of a group, ``g`` and ``h`` at ``z``, ``H_k = sum z^k h``, ``G_k = sum
+z^k g``:
 
     h_x = [h (1 - 2 (1 + z^2)/N) + (H_0 + 2 z H_1 + z^2 H_2)/N^2] / s^2
         + [-2 z (g - G_0/N) - G_1 (1 - (1 + 3 z^2)/N)] / (N s^2)
@@ -11,7 +12,7 @@ affine map after it, ``y = gamma z + beta``, gives ``h_gamma = sum h z^2`` and `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 
 import torch
 from torch import Tensor
@@ -19,46 +20,53 @@ from torch import Tensor
 from hesscale_lightning.curvature.precision import full
 from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, register_rule
 
+Moments = tuple[Tensor, Tensor, Tensor]
+
+
+def _moments(z: Tensor, h: Tensor, dims: tuple[int, ...]) -> Moments:
+    """``H_0, H_1, H_2``, with the group's dimensions kept."""
+    zh = z * h
+    return h.sum(dims, keepdim=True), zh.sum(dims, keepdim=True), zh.mul_(z).sum(dims, keepdim=True)
+
 
 def _through_group(
-    z: Tensor, inverse: Tensor, gamma: Tensor | float, g: Tensor | None, h: Tensor | None, dims: Sequence[int]
+    z: Tensor,
+    inverse: Tensor,
+    slope: Tensor,
+    g: Tensor | None,
+    h: Tensor | None,
+    dims: tuple[int, ...],
+    moments: Moments | None = None,
 ) -> Tensor:
     """``h_x`` by the formula above, for ``y = gamma z`` with ``gamma`` constant in a group.
 
     Args:
         z: The normalised input.
         inverse: ``1 / s``, broadcastable to ``z``.
-        gamma: Scale of the group, broadcastable like ``inverse``.
+        slope: ``gamma / s``, broadcastable to ``z``.
         g: Gradient at ``y``, or None.
         h: Curvature at ``y``, or None for zero.
         dims: The dimensions that make up a group.
+        moments: Those of ``h``, if they are known already.
     """
-    n = 1
-    for d in dims:
-        n *= z.shape[d]
-    result = torch.zeros_like(z)
-    k0: Tensor | float = 0.0
-    k1: Tensor | float = 0.0
-    k2: Tensor | float = 0.0
+    n = math.prod([z.shape[d] for d in dims])
+    result: Tensor | None = None  # grows from the inside of the nested form
     if h is not None:
-        a = (inverse * gamma).square()
-        zh = z * h
-        scale = a / n**2
-        k0 = h.sum(dims, keepdim=True) * scale
-        k1 = zh.sum(dims, keepdim=True) * (2 * scale)
-        k2 = (zh * z).sum(dims, keepdim=True) * scale
+        h0, h1, h2 = moments or _moments(z, h, dims)
+        a = slope.square()
+        k0, k1, k2 = h0 * (a / n**2), h1 * (2 * a / n**2), h2 * (a / n**2)
         result = torch.addcmul(k2, h, a * (-2 / n))
     if g is not None:
-        b = inverse.square() * gamma / n
+        b = inverse * slope / n
         g1 = (z * g).sum(dims, keepdim=True) * b
-        k0 = k0 - g1 * (1 - 1 / n)
-        k1 = k1 + g.sum(dims, keepdim=True) * (2 * b / n)
-        if h is None:
-            result = result + g1 * (3 / n)
+        made0, made1, made2 = g1 * (1 / n - 1), g.sum(dims, keepdim=True) * (2 * b / n), g1 * (3 / n)
+        if result is None:
+            k0, k1, result = made0, made1, made2.expand(z.shape).clone()
         else:
-            result.add_(g1 * (3 / n))
+            k0, k1, result = k0 + made0, k1 + made1, result.add_(made2)
         result.mul_(z).add_(k1).addcmul_(g, -2 * b)
     else:
+        assert result is not None  # one of g and h is there
         result.mul_(z).add_(k1)
     result.mul_(z).add_(k0)
     return result if h is None else result.addcmul_(h, a * (1 - 2 / n))
@@ -87,7 +95,8 @@ def layer_norm(op: Operation) -> Formula:
                 gamma = full(weight)
                 g = None if g is None else g * gamma
                 h = None if h is None else h * gamma.square()
-            h_x = _through_group(z, full(inverse), 1.0, g, h, dims)
+            s = full(inverse)
+            h_x = _through_group(z, s, s, g, h, dims)
         return h_x, h_weight, h_bias
 
     return formula
@@ -120,7 +129,7 @@ def group_norm(op: Operation) -> Formula:
                 g = (g if gamma is None else g * gamma).reshape(grouped)
             if h is not None:
                 h = (h if gamma is None else h * gamma.square()).reshape(grouped)
-            h_x = _through_group(z, s, 1.0, g, h, (2,)).reshape(x.shape)
+            h_x = _through_group(z, s, s, g, h, (2,)).reshape(x.shape)
         return h_x, h_weight, h_bias
 
     return formula
@@ -134,29 +143,49 @@ def batch_norm(op: Operation) -> Formula:
     shape = (1, -1) + (1,) * (x.dim() - 2)
     dims = tuple(d for d in range(x.dim()) if d != 1)
     need_x, need_weight, need_bias = op.needs
-    cudnn = node.name() == "CudnnBatchNormBackward0"
-    training = node._saved_training
-    if training:
-        center, inverse = node._saved_result1, node._saved_result2
-    else:
-        center, variance, eps = node._saved_running_mean, node._saved_running_var, node._saved_epsilon if cudnn else node._saved_eps
-        inverse = (variance + eps).rsqrt()
+    if not node._saved_training:
         op.curved = False
+        eps = node._saved_epsilon if node.name() == "CudnnBatchNormBackward0" else node._saved_eps
+        center, scale = node._saved_running_mean, (node._saved_running_var + eps).rsqrt()
+        return _affine(x, center, scale, weight, dims, shape, op.needs)
+    center, inverse = node._saved_result1, node._saved_result2
 
     def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
         s = full(inverse).reshape(shape)
-        gamma = full(weight).reshape(shape) if weight is not None else 1.0
-        h_x = h_weight = h_bias = None
-        z = None
-        if (training and need_x) or (need_weight and h is not None):
-            z = (full(x) - full(center).reshape(shape)).mul_(s)
-        if h is not None:
-            if need_weight:
-                h_weight = (z * z).mul_(h).sum(dims)
-            if need_bias:
-                h_bias = h.sum(dims)
-        if need_x:
-            h_x = _through_group(z, s, gamma, g, h, dims) if training else h * (s * gamma).square()
-        return h_x, h_weight, h_bias
+        z = (full(x) - full(center).reshape(shape)).mul_(s)
+        moments = _moments(z, h, dims) if h is not None else None
+        slope = s if weight is None else s * full(weight).reshape(shape)
+        return (
+            _through_group(z, s, slope, g, h, dims, moments) if need_x else None,
+            moments[2].reshape(-1) if need_weight and moments is not None else None,
+            moments[0].reshape(-1) if need_bias and moments is not None else None,
+        )
 
-    return formula if training else lambda h: formula(None, h)
+    return formula
+
+
+def _affine(
+    x: Tensor,
+    center: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    dims: tuple[int, ...],
+    shape: tuple[int, ...],
+    needs: list[bool],
+) -> Formula:
+    """``y = gamma (x - mu) / s + beta`` with statistics that are constants."""
+    need_x, need_weight, need_bias = needs
+
+    def formula(h: Tensor) -> Diagonals:
+        s = full(scale)
+        h_weight = None
+        if need_weight:
+            h_weight = ((full(x) - full(center).reshape(shape)).mul_(s.reshape(shape)).square_().mul_(h)).sum(dims)
+        slope = s if weight is None else s * full(weight)
+        return (
+            h * slope.square().reshape(shape) if need_x else None,
+            h_weight,
+            h.sum(dims) if need_bias else None,
+        )
+
+    return formula

@@ -1,7 +1,7 @@
 """Functions of one tensor, entry by entry: ``h_x = f'(x)^2 h + f''(x) g``.
 
-Most rows of this file are ``unary(name, saved tensor, f', f'')``, the derivatives written in what the node saved: its input
-(``self``) or its result. An ``f''`` of None says that it is zero wherever it exists.
+Most rows of this file are ``unary(name, saved tensor, f', f'')``, the derivatives written in what the node saved: its
+input (``self``) or its result. An ``f''`` of None says that it is zero wherever it exists.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def unary(
     elementwise(name, curved=second is not None, formula=formula)(rule)
 
 
-# -- activations --------------------------------------------------------------------------------------------------------
+# -- activations
+# --------------------------------------------------------------------------------------------------------
 
 _threshold_backward = torch.ops.aten.threshold_backward.default
 _leaky_relu_backward = torch.ops.aten.leaky_relu_backward.default
@@ -60,12 +61,10 @@ def _tanh(op: Operation) -> Formula:
     def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
         y = full(result)
         square = y * y
-        if h is None:
-            inner = (y * g).mul_(-2)
-        else:
-            inner = torch.addcmul(h, h, square, value=-1)
-            if g is not None:
-                inner.addcmul_(y, g, value=-2)
+        inner = None if h is None else torch.addcmul(h, h, square, value=-1)
+        if g is not None:
+            inner = (y * g).mul_(-2) if inner is None else inner.addcmul_(y, g, value=-2)
+        assert inner is not None  # one of them is there
         return (inner.addcmul_(inner, square, value=-1),)
 
     return formula
@@ -135,7 +134,7 @@ unary("LogSigmoidBackward0", "self", lambda x: torch.sigmoid(-x), _log_sigmoid_s
 
 @elementwise("GeluBackward0")
 def gelu(op: Operation) -> Callable[[bool], Partials]:
-    """``x Phi(x)``: ``f' = Phi + x phi``, ``f'' = (2 - x^2) phi``; for the tanh form ``u = c (x + a x^3)``, ``t = tanh u``."""
+    """``x Phi(x)``: ``f' = Phi + x phi``, ``f'' = (2 - x^2) phi``; or the tanh form, with ``tanh(c (x + a x^3))``."""
     saved, form = op.node._saved_self, op.node._saved_approximate
 
     def exact(curved: bool) -> Partials:
@@ -187,7 +186,7 @@ def rrelu(op: Operation) -> Callable[[bool], Partials]:
 
 
 def _elu(x_or_y: Tensor, is_result: bool, alpha: float, scale: float, input_scale: float, curved: bool) -> Partials:
-    """Above zero ``scale``; below ``scale alpha k e^(k x)`` and ``scale alpha k^2 e^(k x)``, where ``y = scale alpha (e^(k x) - 1)``."""
+    """Above zero ``c``; below ``c alpha k e^(k x)`` and ``c alpha k^2 e^(k x)``, ``c`` the scale, ``k`` the input's."""
     x = full(x_or_y)
     below = (x + scale * alpha) if is_result else scale * alpha * torch.exp(input_scale * x.clamp(max=0))
     positive = x > 0
@@ -258,7 +257,7 @@ def prelu(op: Operation) -> Callable[[bool], Partials]:
     return partials
 
 
-# -- clamping -----------------------------------------------------------------------------------------------------------
+# -- clamping --------------------------------------------------------------------------------------------------------
 
 
 def _gradient_at_bound() -> bool:
@@ -288,7 +287,7 @@ def clamp(op: Operation) -> Callable[[bool], Partials]:
     return lambda _: ((_between(x, low, high),), {})
 
 
-# -- elementary functions -----------------------------------------------------------------------------------------------
+# -- elementary functions --------------------------------------------------------------------------------------------
 
 unary("ExpBackward0", "result", lambda y: y, lambda y: y)
 unary("Exp2Backward0", "result", lambda y: y * math.log(2), lambda y: y * math.log(2) ** 2)
@@ -333,7 +332,15 @@ def neg(op: Operation) -> Callable[[bool], Partials]:
     return lambda _: ((-1.0,), {})
 
 
-@elementwise("RoundBackward0", "RoundBackward1", "FloorBackward0", "CeilBackward0", "TruncBackward0", "SignBackward0", curved=False)
+@elementwise(
+    "RoundBackward0",
+    "RoundBackward1",
+    "FloorBackward0",
+    "CeilBackward0",
+    "TruncBackward0",
+    "SignBackward0",
+    curved=False,
+)
 def flat(op: Operation) -> Callable[[bool], Partials]:
     """Zero slope."""
     return lambda _: ((0.0,), {})

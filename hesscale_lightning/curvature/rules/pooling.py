@@ -19,7 +19,7 @@ from hesscale_lightning.curvature.rules.shape import by_node, with_stand_in
 
 _aten = torch.ops.aten
 
-# -- selecting ---------------------------------------------------------------------------------------------------------
+# -- selecting -------------------------------------------------------------------------------------------------------
 
 _max_pool_backward = {
     "MaxPool2DWithIndicesBackward0": _aten.max_pool2d_with_indices_backward.default,
@@ -74,7 +74,7 @@ register_rule(
 )(by_node)  # fmt: skip
 
 
-# -- averaging ---------------------------------------------------------------------------------------------------------
+# -- averaging -------------------------------------------------------------------------------------------------------
 
 _avg_pool = {
     "AvgPool2DBackward0": (2, F.avg_pool2d, _aten.avg_pool2d_backward.default),
@@ -126,7 +126,7 @@ def adaptive_avg_pool(op: Operation) -> Formula:
     return lambda h: (backward(h / window, h.new_empty_strided(shape, strides)),)
 
 
-# -- interpolating -----------------------------------------------------------------------------------------------------
+# -- interpolating ---------------------------------------------------------------------------------------------------
 
 _upsample = {
     "UpsampleLinear1DBackward0": _aten.upsample_linear1d.default,

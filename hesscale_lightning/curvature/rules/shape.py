@@ -105,7 +105,7 @@ def pack_padded_sequence(op: Operation) -> Formula:
     return lambda h: (_pack_padded_sequence_backward(h, shape, lengths, batch_first),)
 
 
-# -- one tensor into several, several into one -------------------------------------------------------------------------
+# -- one tensor into several, several into one -----------------------------------------------------------------------
 
 
 @register_rule(
@@ -128,7 +128,7 @@ def join(op: Operation) -> Formula:
     return as_inputs(op, by_node(op))
 
 
-# -- copies and casts --------------------------------------------------------------------------------------------------
+# -- copies and casts ------------------------------------------------------------------------------------------------
 
 
 @register_rule(

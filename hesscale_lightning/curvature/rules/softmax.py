@@ -1,7 +1,7 @@
 """Softmax and log-softmax: exact local diagonals in closed form, linear cost.
 
-Becker and LeCun's recursion treats both as if they were pointwise; ``method="bl89"`` does so here, and nowhere else does that
-method differ from HesScale.
+Becker and LeCun's recursion treats both as if they were pointwise; ``method="bl89"`` does so here, and nowhere else
+does that method differ from HesScale.
 """
 
 from __future__ import annotations

@@ -1,0 +1,254 @@
+"""What curvature meets on its way through a loss: exact, approximate and why, or unsupported.
+
+Every rule equals its operation's local formula. What can be lost beside the off-diagonal entries that HesScale always
+drops is the cross term where two paths from one tensor meet in an operation: ``2 (dy/da) (dy/db) h + 2 (d2y/da db) g``
+for paths that arrive as ``a`` and ``b``. The report names these places. Elementwise operations do not appear among
+them where they were joined, because a composite keeps the cross term.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hesscale_lightning.curvature.engine import root_of, wanted_tensors
+from hesscale_lightning.curvature.graph import AccumulateGrad, Node, Trace, trace
+from hesscale_lightning.curvature.plan import Joiner
+from hesscale_lightning.curvature.registry import Operation, Rule, UnsupportedOperationError, find_rule, no_rule
+
+Status = Literal["exact", "approximate", "unsupported"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One operation on the way from the loss to the parameters.
+
+    Attributes:
+        operation: The autograd node's name; for joined operations the one in which the paths meet.
+        status: ``"exact"``, ``"approximate"`` or ``"unsupported"``.
+        reason: Why it is not exact, or what was joined to make it so.
+    """
+
+    operation: str
+    status: Status
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class CoverageReport:
+    """Every operation between a loss and the wanted parameters; prints as a table.
+
+    Attributes:
+        entries: In the order of backward.
+        unreached: How many of the wanted tensors the loss does not lead to.
+    """
+
+    entries: tuple[Entry, ...]
+    unreached: int = 0
+
+    @property
+    def supported(self) -> bool:
+        """Whether ``attach`` accepts the loss."""
+        return not self.unsupported
+
+    @property
+    def exact(self) -> tuple[Entry, ...]:
+        """The operations that pass on exactly what HesScale promises."""
+        return tuple(entry for entry in self.entries if entry.status == "exact")
+
+    @property
+    def approximate(self) -> tuple[Entry, ...]:
+        """The operations in which a cross term between meeting paths is dropped."""
+        return tuple(entry for entry in self.entries if entry.status == "approximate")
+
+    @property
+    def unsupported(self) -> tuple[Entry, ...]:
+        """The operations that curvature cannot pass."""
+        return tuple(entry for entry in self.entries if entry.status == "unsupported")
+
+    def __str__(self) -> str:
+        rows = [("status", "operation", "times", "why")]
+        counts = Counter((e.status, e.operation, e.reason) for e in self.entries)
+        order = {"unsupported": 0, "approximate": 1, "exact": 2}
+        for (status, operation, reason), count in sorted(
+            counts.items(), key=lambda item: (order[item[0][0]], item[0][1:])
+        ):
+            rows.append((status, operation, str(count), reason))
+        widths = [max(len(row[k]) for row in rows) for k in range(3)]
+        lines = [
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in rows
+        ]
+        lines.insert(1, "-" * max(len(line) for line in lines))
+        lines.append(
+            f"{len(self.exact)} exact, {len(self.approximate)} approximate, {len(self.unsupported)} unsupported"
+            + (f"; {self.unreached} of the wanted tensors are not reached" if self.unreached else "")
+        )
+        return "\n".join(lines)
+
+
+def coverage(loss: Tensor, params: Iterable[Tensor] | None = None) -> CoverageReport:
+    """Reports on every operation between ``loss`` and ``params``, without running backward.
+
+    Args:
+        loss: As for :func:`~hesscale_lightning.curvature.attach`; its graph is left as it was.
+        params: The tensors that are to receive a diagonal; None takes every leaf that requires grad.
+
+    Returns:
+        The report. ``print`` it, or ask it for ``unsupported``, ``approximate`` and ``exact``.
+
+    Raises:
+        ValueError, TypeError: As ``attach``, except that an unsupported operation is reported and not raised.
+
+    Example:
+        >>> import torch
+        >>> x, w = torch.randn(4, 3), torch.randn(3, 3, requires_grad=True)
+        >>> hidden = x @ w
+        >>> print(coverage((hidden + torch.tanh(hidden @ w)).square().mean()))
+        status       operation      times  why
+        -----------------------------------------------------------------------------------------------------------
+        approximate  AddBackward0   1      paths from MmBackward0 meet here: their cross term is dropped
+        approximate  MmBackward0    1      paths from a leaf of shape (3, 3) meet here: their cross term is dropped
+        exact        MeanBackward0  1
+        exact        MmBackward0    1
+        exact        PowBackward0   1
+        exact        TanhBackward0  1
+        4 exact, 2 approximate, 0 unsupported
+    """
+    root = root_of(loss, "hesscale")
+    leaves, inner = wanted_tensors(params)
+    found = trace(root, leaves, inner)
+    missing = 0 if leaves is None else len(leaves) - found.leaves - sum(found.index.get(n, -1) >= 0 for n, _ in inner)
+    if found.index[root] < 0:
+        return CoverageReport((), missing)
+    with torch.no_grad():
+        return CoverageReport(tuple(_entries(root, found, {node for node, _ in inner})), missing)
+
+
+def supported_params(loss: Tensor, params: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Splits ``params`` into those that curvature can reach completely, and those behind an unsupported operation.
+
+    A parameter that is also reached another way still belongs to the latter: its diagonal would lack a part.
+
+    Args:
+        loss: As for :func:`~hesscale_lightning.curvature.attach`.
+        params: Leaf tensors.
+    """
+    params = list(params)
+    root = root_of(loss, "hesscale")
+    found = trace(root, {id(p) for p in params})
+    behind: set[int] = set()
+    blocked = [False] * len(found.nodes)
+    for position, node in enumerate(found.nodes):
+        if type(node) is AccumulateGrad:
+            if blocked[position]:
+                behind.add(id(node.variable))
+            continue
+        if not blocked[position]:
+            blocked[position] = _refusal(root, node, found) is not None
+        if blocked[position]:
+            for child, _, _ in found.edges[node]:
+                if found.index[child] >= 0:
+                    blocked[found.index[child]] = True
+    return [p for p in params if id(p) not in behind], [p for p in params if id(p) in behind]
+
+
+def _operation(node: Node, found: Trace, rule: Rule) -> Operation:
+    needs = [found.index[child] >= 0 for child, _, _ in found.edges[node]]
+    flips = [flip for _, _, flip in found.edges[node]]
+    return Operation(node, node.next_functions, needs, flips, "hesscale", rule.curved)
+
+
+def _refusal(root: Node, node: Node, found: Trace) -> str | None:
+    """Why curvature cannot pass ``node``, or None."""
+    rule = find_rule(node)
+    if rule is None:
+        return str(no_rule(root, node)).split("What to do: ")[1]
+    try:
+        rule.build(_operation(node, found, rule))
+    except UnsupportedOperationError as error:
+        return str(error)
+    return None
+
+
+def _entries(root: Node, found: Trace, outside: set[Node]) -> list[Entry]:
+    nodes, index, edges = found.nodes, found.index, found.edges
+    rules = [None if type(node) is AccumulateGrad else find_rule(node) for node in nodes]
+    joiner = Joiner(found, rules, [False] * len(nodes), outside)
+    below = _reachable(found)
+    curved = [False] * len(nodes)  # whether curvature other than zero can arrive at a node
+    absorbed: set[int] = set()
+    entries: list[Entry] = []
+    for position, (node, rule) in enumerate(zip(nodes, rules, strict=True)):
+        if type(node) is AccumulateGrad:
+            continue
+        inputs = [edge for edge in edges[node] if index[edge[0]] >= 0]
+        refusal = _refusal(root, node, found)
+        composite = None
+        if rule is not None and refusal is None and position not in absorbed and rule.partials and len(inputs) > 1:
+            composite = joiner.ending_in(position)
+            if composite is not None:
+                absorbed |= {member.position for member in composite.members}
+                inputs = composite.sources
+        makes_curvature = mixes = True
+        if rule is not None and refusal is None:
+            operation = _operation(node, found, rule)
+            rule.build(operation)
+            makes_curvature = operation.curved or composite is not None
+            mixes = rule.bilinear or makes_curvature
+            if rule.partials is not None and composite is None:
+                mixes = any(i != j for i, j in rule.partials(operation)(True)[1])
+        arrives = curved[position]
+        for child, _, _ in inputs:
+            curved[index[child]] = curved[index[child]] or arrives or makes_curvature
+        if position in absorbed and composite is None:
+            continue
+        if refusal is not None:
+            entries.append(Entry(node.name(), "unsupported", refusal))
+            continue
+        meeting = _meeting(found, [index[child] for child, _, _ in inputs], below) if mixes or arrives else None
+        if meeting is not None:
+            entries.append(
+                Entry(
+                    node.name(),
+                    "approximate",
+                    f"paths from {_describe(nodes[meeting])} meet here: their cross term is dropped",
+                )
+            )
+        elif composite is not None:
+            joined = ", ".join(sorted({nodes[m.position].name().removesuffix("Backward0") for m in composite.members}))
+            entries.append(Entry(node.name(), "exact", f"joined: {joined}"))
+        else:
+            entries.append(Entry(node.name(), "exact"))
+    return entries
+
+
+def _reachable(found: Trace) -> list[int]:
+    """For each node a bit set of itself and all that it leads to."""
+    below = [1 << position for position in range(len(found.nodes))]
+    for position in reversed(range(len(found.nodes))):
+        for child, _, _ in found.edges[found.nodes[position]]:
+            if found.index[child] >= 0:
+                below[position] |= below[found.index[child]]
+    return below
+
+
+def _meeting(found: Trace, inputs: list[int], below: list[int]) -> int | None:
+    """The first node that two inputs have in common."""
+    seen = common = 0
+    for position in inputs:
+        common |= seen & below[position]
+        seen |= below[position]
+    if not common:
+        return None
+    return (common & -common).bit_length() - 1
+
+
+def _describe(node: Node) -> str:
+    if type(node) is AccumulateGrad:
+        return f"a leaf of shape {tuple(node.variable.shape)}"
+    return str(node.name())
