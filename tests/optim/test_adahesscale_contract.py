@@ -120,6 +120,17 @@ def test_a_diagonal_of_another_shape_is_an_error() -> None:
         AdaHesScale(params).step()
 
 
+@pytest.mark.parametrize(("dtype", "given"), [(torch.float32, torch.float64), (torch.bfloat16, torch.bfloat16)])
+@pytest.mark.parametrize("foreach", [True, False])
+def test_a_diagonal_of_another_dtype_is_converted(dtype: torch.dtype, given: torch.dtype, foreach: bool) -> None:
+    params = make_params(dtype)
+    optimizer = AdaHesScale(params, foreach=foreach)
+    deliver(params, [torch.ones_like(p) for p in params], [torch.full(p.shape, 2.0, dtype=given) for p in params])
+    optimizer.step()
+    average = optimizer.state[params[0]]["exp_avg_hess"]
+    torch.testing.assert_close(average, torch.full(average.shape, 0.004))
+
+
 def test_sparse_gradients_are_refused() -> None:
     embedding = torch.nn.Embedding(5, 2, sparse=True)
     embedding(torch.tensor([1, 3])).sum().backward()

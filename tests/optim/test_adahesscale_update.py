@@ -142,23 +142,23 @@ def test_parameters_with_fewer_steps_or_refreshes_have_corrections_of_their_own(
         torch.testing.assert_close(param.detach(), reference.params[0], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("delta", [None, 1e-3])
-def test_large_tensors_take_the_same_step_as_small_ones(delta: float | None) -> None:
-    """Above a size the CPU path reuses buffers; cut into pieces the same tensor stays below it."""
-    whole = make_params(shapes=[(300, 300)])
-    pieces = [torch.nn.Parameter(row.detach().clone()) for row in whole[0].split(50)]
-    groups = [{"params": [p], "delta": delta} for p in pieces] if delta is None else [{"params": pieces}]
-    one = AdaHesScale(whole, lr=0.1, delta=delta)
-    many = [AdaHesScale([g], lr=0.1, delta=delta, foreach=False) for g in groups]
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", ["defaults", "bare", "abs", "clamp_and_trust_region", "sqrt_abs_trust_region"])
+def test_large_tensors_follow_the_equations(name: str, path: str) -> None:
+    """Above a size the CPU path visits tensors one by one and reuses buffers."""
+    options = CONFIGURATIONS[name]
+    params = make_params(torch.float64, shapes=[(300, 300), (7,), (100, 100)])
+    reference = ReferenceAdaHesScale(list(params), options)
+    optimizer = AdaHesScale(params, **options, **PATHS[path])
     generator = torch.Generator().manual_seed(4)
     for _ in range(4):
-        grads, diagonals = random_like(whole, generator), random_like(whole, generator)
-        deliver(whole, grads, diagonals)
-        deliver(pieces, list(grads[0].split(50)), list(diagonals[0].split(50)))
-        one.step()
-        for optimizer in many:
-            optimizer.step()
-    torch.testing.assert_close(whole[0].detach(), torch.cat([p.detach() for p in pieces]), rtol=1e-4, atol=1e-5)
+        grads, diagonals = random_like(params, generator), random_like(params, generator)
+        deliver(params, grads, diagonals)
+        optimizer.step()
+        reference.step(grads, list(diagonals))
+        assert optimizer.stats["scale"].item() == pytest.approx(reference.scale, rel=1e-4)
+    for param, expected in zip(params, reference.params, strict=True):
+        torch.testing.assert_close(param.detach(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_no_entry_moves_further_than_max_update_times_lr() -> None:

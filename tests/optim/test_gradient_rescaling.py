@@ -151,6 +151,18 @@ def test_record_gradients_makes_only_later_factors_count() -> None:
         torch.testing.assert_close(plain, scaled, rtol=1e-5, atol=1e-7)
 
 
+def test_after_a_scaler_has_stepped_plain_steps_see_clipping_again() -> None:
+    params = make_params()
+    optimizer = AdaHesScale(params)
+    assert not optimizer._step_supports_amp_scaling  # as a GradScaler asks
+    for expected in (1.0, 0.5):
+        optimizer.zero_grad()
+        quadratic_backward(params)
+        rescale(params, 0.5)
+        optimizer.step()
+        assert optimizer.stats["clipping"].item() == pytest.approx(expected)
+
+
 def test_the_average_of_clipping_factors_is_part_of_the_checkpoint() -> None:
     params = make_params()
     optimizer = AdaHesScale(params)
@@ -175,7 +187,8 @@ def one_parameter_only(params: Params) -> None:
 def replaced(params: Params) -> None:
     for p in params:
         assert p.grad is not None
-        p.grad = p.grad * 0.5
+        p.grad.mul_(0.5)
+        p.grad = p.grad * 3
 
 
 def zeroed(params: Params) -> None:
