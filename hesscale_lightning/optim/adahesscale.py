@@ -290,8 +290,10 @@ class AdaHesScale(Optimizer):
             if not self.state[param]:
                 self.state[param] = new_state(param, capturable=group["capturable"])
         states = [self.state[param] for param, _, _ in found]
-        add_one([state["step"] for state in states])
-        add_one([state["hess_step"] for state, (_, _, h) in zip(states, found, strict=True) if h is not None])
+        counters = [state["step"] for state in states]
+        add_one(
+            counters + [state["hess_step"] for state, (_, _, h) in zip(states, found, strict=True) if h is not None]
+        )
 
         batches: dict[Any, _Averaging] = {}
         for state, (param, grad, diagonal) in zip(states, found, strict=True):

@@ -1,7 +1,7 @@
 """Small operations on scalars and lists of tensors that avoid both host synchronisation and needless overhead."""
 
 from collections.abc import Callable
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -31,7 +31,12 @@ def large_on_cpu(tensors: list[Tensor]) -> bool:
 
 def as_operand(value: float, like: Tensor) -> Any:
     """A number in the form that multi-tensor kernels take fastest: on the CPU they would wrap it once per tensor."""
-    return torch.tensor(value, dtype=like.dtype) if like.is_cpu and not torch.compiler.is_compiling() else value
+    return _on_cpu(value, like.dtype) if like.is_cpu and not torch.compiler.is_compiling() else value
+
+
+@lru_cache(maxsize=64)
+def _on_cpu(value: float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def as_host_number(scalar: Tensor) -> float | Tensor:
@@ -61,7 +66,9 @@ def beside(value: float | Tensor, other: float | Tensor) -> float | Tensor:
 def add_one(counts: list[Tensor]) -> None:
     """Increment scalar counters in place."""
     if counts and counts[0].is_cpu and not torch.compiler.is_compiling():
-        torch._foreach_add_(counts, torch.ones(()), alpha=1.0)  # wraps the number once instead of once per tensor
+        torch._foreach_add_(
+            counts, _on_cpu(1.0, torch.float32), alpha=1.0
+        )  # wraps the number once instead of once per tensor
     elif counts:
         torch._foreach_add_(counts, 1.0)
 
