@@ -200,7 +200,8 @@ def composite_formula(composite: Composite, operations: Sequence[Operation]) -> 
                 fits[~entry] = _fit(op, i)
 
     def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
-        partials = [member(g is not None) for member in all_partials]
+        dtype = (g if g is not None else h).dtype  # type: ignore[union-attr]
+        partials = [_without_masks(*member(g is not None), dtype) for member in all_partials]
         results: list[Tensor | None] = []
         for source, fit in enumerate(fits):
             derivatives: list[tuple[Factor | None, Factor | None]] = []
@@ -219,6 +220,13 @@ def composite_formula(composite: Composite, operations: Sequence[Operation]) -> 
         return results
 
     return formula
+
+
+def _without_masks(
+    first: Sequence[Factor | None], second: Mapping[tuple[int, int], Factor], dtype: torch.dtype
+) -> tuple[Sequence[Factor | None], Mapping[tuple[int, int], Factor]]:
+    """Masks as numbers: the sum of two masks would be another mask, and a number times a mask is float32."""
+    return [f.to(dtype) if isinstance(f, Tensor) and f.dtype is torch.bool else f for f in first], second
 
 
 def _chain(

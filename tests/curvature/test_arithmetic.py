@@ -68,6 +68,8 @@ MEETING = [
         "gaussian log density", lambda x, m, s: -((x - m) ** 2) / (2 * s**2) - s.log(), [(3, 4), (3, 4), (4,)], (), True
     ),
     Case("exponent of itself", lambda x: x**x, [(3, 4)], positive=True),
+    Case("sum of two masks", lambda x: x.relu() + x.clamp(-1, 1), [(3, 4)]),
+    Case("weighted masks", lambda x: 0.3 * x.relu() - 0.1 * x.clamp(-1, 1), [(3, 4)]),
     Case("in place", lambda x: (x * 1).mul_(x).add_(x), [(3, 4)]),
 ]
 
