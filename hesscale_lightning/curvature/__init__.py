@@ -5,8 +5,9 @@ backward, ``reference`` is the dense oracle.
 """
 
 from hesscale_lightning.curvature import rules as rules
+from hesscale_lightning.curvature.attachment import Attachment
 from hesscale_lightning.curvature.coverage import CoverageReport, coverage, supported_params
-from hesscale_lightning.curvature.engine import METHODS, Attachment, Method, attach, backward
+from hesscale_lightning.curvature.engine import METHODS, Method, attach, backward
 from hesscale_lightning.curvature.reference import exact_hess_diag, exact_local_diag
 from hesscale_lightning.curvature.registry import (
     Operation,

@@ -217,6 +217,21 @@ def test_diagonals_add_up_like_gradients() -> None:
         torch.testing.assert_close(p.hess_diag, h, rtol=1e-12, atol=1e-15)
 
 
+def test_a_diagonal_lives_as_long_as_its_gradient() -> None:
+    """A plain loop with an optimizer that knows nothing of diagonals must not add up those of old steps."""
+    model = mlp(4, 5, 3)
+    x, t = batch(8, 4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    backward(F.cross_entropy(model(x), t))
+    once = diagonals(model)
+    for _ in range(3):
+        optimizer.step()
+        optimizer.zero_grad()
+        backward(F.cross_entropy(model(x), t))
+    for h, p in zip(once, model.parameters(), strict=True):
+        assert torch.equal(p.hess_diag, h)
+
+
 def test_frozen_and_unreached_parameters_get_none() -> None:
     model = mlp(4, 5, 3)
     model[0].weight.requires_grad_(False)
