@@ -8,17 +8,20 @@ Nothing is recomputed and no second graph is built.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
+from torch.utils.checkpoint import GraphExecGroup
 
 from hesscale_lightning.curvature.attachment import AWAITED, PLAIN, Attachment, on_gate, on_sweep
 from hesscale_lightning.curvature.elementwise import Composite, composite_formula
 from hesscale_lightning.curvature.graph import Node, trace
-from hesscale_lightning.curvature.plan import Output, Plan, PlanCache, make_plan
+from hesscale_lightning.curvature.plan import Output, Plan, PlanCache, make_plan, refuse_hidden_parameters
 from hesscale_lightning.curvature.registry import Formula, Operation
 
 Method = Literal["hesscale", "hesscale_gn", "bl89"]
@@ -77,17 +80,21 @@ def attach(loss: Tensor, params: Iterable[Tensor] | None = None, *, method: Meth
     wanted = _by_id(params)
     key = (type(root), method, None if wanted is None else len(wanted))
     hit = _plans.find(key, root, wanted)
+    inner: dict[Output, Tensor] = {}
+    if hit is not None and (wanted is None or len(hit[0].leaves) == len(wanted) or not _inner(wanted)):
+        plan, nodes, following = hit
+    else:
+        inner = {} if wanted is None else _inner(wanted)
+        found = trace(root, wanted, inner)
+        refuse_hidden_parameters(root, found)
+        if found.index[root] < 0:
+            return attachment
+        plan = make_plan(root, found, list(inner), method)
+        _plans.add(key, plan)
+        nodes, following = found.nodes, [node.next_functions for node in found.nodes]
     try:
-        if hit is not None and (wanted is None or len(hit[0].leaves) == len(wanted) or not _inner(wanted)):
-            hooks = _arm(attachment, *hit, {}, method)
-        else:
-            inner = {} if wanted is None else _inner(wanted)
-            found = trace(root, wanted, inner)
-            if found.index[root] < 0:
-                return attachment
-            plan = make_plan(root, found, list(inner), method)
-            _plans.add(key, plan)
-            hooks = _arm(attachment, plan, found.nodes, [node.next_functions for node in found.nodes], inner, method)
+        with _recomputing_once():
+            hooks = _arm(attachment, plan, nodes, following, inner, method)
     except RuntimeError as error:
         if "through the graph a second time" in str(error):
             raise RuntimeError(
@@ -250,6 +257,11 @@ def _arm(
             hook = partial(on_sweep, ref, k)
         hooks.append((nodes[plan.steps[k].cell], hook))
     return hooks
+
+
+def _recomputing_once() -> contextlib.AbstractContextManager[Any]:
+    """Lets a checkpointed block recompute itself once for all rules that ask for its tensors, and not for each."""
+    return GraphExecGroup() if torch._C._get_graph_exec_group() is None else contextlib.nullcontext()
 
 
 def _join(composite: Composite, nodes: list[Node], following: list[Any], method: str) -> Formula:

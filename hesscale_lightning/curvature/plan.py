@@ -64,6 +64,17 @@ class Plan(NamedTuple):
     narrow: int
 
 
+#: Nodes whose backward runs another backward inside, over parameters that no edge leads to.
+_HIDING = ("CheckpointFunctionBackward",)
+
+
+def refuse_hidden_parameters(root: Node, found: Trace) -> None:
+    """Raises if some node may hide parameters: they would get a gradient and, without a word, no diagonal."""
+    for node in found.edges:
+        if type(node).__name__ in _HIDING:
+            raise no_rule(root, node)
+
+
 def make_plan(root: Node, found: Trace, goals: list[Output], method: str) -> Plan:
     """Plans for the structure of ``found``.
 
@@ -204,6 +215,8 @@ class PlanCache:
         for i, plan in enumerate(plans):
             found = follow(plan.route, root, leaves) if plan.route is not None else None
             if found is not None:
+                if any([found[0][leaf].variable.is_complex() for leaf in plan.leaves]):
+                    return None  # the structure fits, but to plan for it is an error
                 if i:
                     plans.insert(0, plans.pop(i))
                 return plan, *found

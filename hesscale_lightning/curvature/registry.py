@@ -204,7 +204,7 @@ _ADVICE = {
         'torch.compiler.set_stance("force_eager")'
     ),
     "CheckpointFunctionBackward": (
-        "reentrant checkpointing hides the operations inside: use torch.utils.checkpoint.checkpoint(..., "
+        "reentrant checkpointing hides the operations and parameters inside: use torch.utils.checkpoint.checkpoint(..., "
         "use_reentrant=False)"
     ),
 }
