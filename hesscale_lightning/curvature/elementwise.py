@@ -25,7 +25,7 @@ Factor = Tensor | float
 
 
 def elementwise(
-    *names: str, curved: bool = True, formula: Callable[[Operation], Formula] | None = None
+    *names: str, curved: bool = True, formula: Callable[[Operation], Formula] | None = None, reduces: bool = False
 ) -> Callable[[PartialsRule], PartialsRule]:
     """Registers an elementwise operation by its partials.
 
@@ -38,11 +38,13 @@ def elementwise(
         names: Names of autograd nodes.
         curved: Whether any input's own second derivative ``f_ii`` can differ from zero.
         formula: A faster rule for the operation standing alone, where one is worth having.
+        reduces: Whether the entries may also be summed, as by a loss, so that a composite may end in the operation but not
+            pass it. The sum's factors belong to the partials.
     """
 
     def register(partials: PartialsRule) -> PartialsRule:
         build = formula or (lambda op: _alone(op, partials))
-        register_rule(*names, curved=curved, partials=partials)(build)
+        register_rule(*names, curved=curved, partials=partials, reduces=reduces)(build)
         return partials
 
     return register

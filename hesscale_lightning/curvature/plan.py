@@ -178,7 +178,7 @@ class Joiner:
         def partials(below: int) -> PartialsRule | None:
             rule = self._rules[below]
             # Gauss-Newton keeps or drops the second derivative of a composite as a whole.
-            if rule is None or (below != position and nodes[below] in self._outside):
+            if rule is None or (below != position and (rule.reduces or nodes[below] in self._outside)):
                 return None
             return rule.partials if self._inside[below] == self._inside[position] else None
 

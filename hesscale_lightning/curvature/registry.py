@@ -95,6 +95,7 @@ class Rule:
     view: bool
     partials: PartialsRule | None
     bilinear: bool
+    reduces: bool
 
 
 _rules: dict[str, Rule] = {}
@@ -109,6 +110,7 @@ def register_rule(
     view: bool = False,
     partials: PartialsRule | None = None,
     bilinear: bool = False,
+    reduces: bool = False,
 ) -> Callable[[Callable[[Operation], Formula]], Callable[[Operation], Formula]]:
     """Registers how curvature passes an operation, by the name of its autograd node.
 
@@ -160,7 +162,7 @@ def register_rule(
 
     def register(build: Callable[[Operation], Formula]) -> Callable[[Operation], Formula]:
         for name in names:
-            _rules[name] = Rule(name, build, curved, multi_output, view, partials, bilinear)
+            _rules[name] = Rule(name, build, curved, multi_output, view, partials, bilinear, reduces)
         _rule_of_type.clear()
         for listener in _listeners:
             listener()

@@ -10,6 +10,8 @@ from tests.curvature.oracle import Case, check
 
 aten = torch.ops.aten
 AB = [(3, 4), (3, 4)]
+LOW = torch.linspace(-1.2, 0.4, 4, dtype=torch.float64)
+HIGH = torch.tensor([[1.0, 0.3, 0.2, -0.5]], dtype=torch.float64)  # the last below the lower bound
 CASES = [
     Case("add", torch.add, AB, ["AddBackward0"]),
     Case("add broadcast", torch.add, [(3, 4), (4,)], ["AddBackward0"]),
@@ -31,6 +33,19 @@ CASES = [
     Case("div broadcast", torch.div, [(4,), (3, 4)], ["DivBackward0"], positive=True),
     Case("div number", lambda a: a / 3, [(3, 4)], ["DivBackward0"]),
     Case("number over", lambda b: 3 / b, [(3, 4)], ["MulBackward0", "ReciprocalBackward0"], positive=True),
+    Case("div rounded down", lambda a, b: torch.div(a, b, rounding_mode="floor"), AB, ["DivBackward2"]),
+    Case("div with no rounding", lambda a, b: torch.div(a, b, rounding_mode=None), AB, ["DivBackward2"], positive=True),
+    Case(
+        "div by a number, truncated",
+        lambda a: aten.div.Scalar_mode(a, 2.0, rounding_mode="trunc"),
+        [(3, 4)],
+        ["DivBackward3"],
+    ),
+    Case("clamp between tensors", torch.clamp, [(3, 4), LOW, HIGH], ["ClampBackward0"]),
+    Case("clamp above a tensor", lambda x, low: x.clamp(min=low), [(3, 4), LOW], ["ClampBackward0"]),
+    Case("clamp below a tensor", lambda x, high: x.clamp(max=high), [(3, 4), HIGH], ["ClampBackward0"]),
+    Case("clamp_min of a tensor", torch.clamp_min, [(3, 4), LOW], ["ClampMinBackward1"]),
+    Case("clamp_max of a tensor", torch.clamp_max, [(3, 4), HIGH], ["ClampMaxBackward1"]),
     Case("pow", torch.pow, AB, ["PowBackward1"], positive=True),
     Case("pow broadcast", torch.pow, [(3, 4), (4,)], ["PowBackward1"], positive=True),
     Case("pow of a number", lambda p: 2**p, [(3, 4)], ["PowBackward2"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from tests.curvature.oracle import Case, check
 
@@ -45,8 +46,41 @@ CASES = [
     Case("dot", torch.dot, [(4,), (4,)], ["DotBackward0"]),
     Case("einsum", lambda a, b: torch.einsum("bij,kj->bik", a, b), [(2, 3, 4), (5, 4)], ["BmmBackward0"]),
     Case("tensordot", lambda a, b: torch.tensordot(a, b, 2), [(2, 3, 4), (3, 4, 2)], ["MmBackward0"]),
+    Case("vdot", torch.vdot, [(4,), (4,)], ["VdotBackward0"]),
+    Case("bilinear", F.bilinear, [(3, 4), (3, 2), (5, 4, 2), (5,)], ["TrilinearBackward0"]),
+    Case("bilinear without bias", F.bilinear, [(2, 3, 4), (2, 3, 2), (5, 4, 2)], ["TrilinearBackward0"]),
     Case("addmm of a scalar", torch.addmm, [(), (3, 4), (4, 2)], ["AddmmBackward0"]),
 ]
+
+ENDS = torch.tensor([1, 4], dtype=torch.int32)
+
+
+def grouped(a: Tensor, b: Tensor) -> Tensor:
+    return F.grouped_mm(a, b, offs=ENDS if a.dim() == 2 or b.dim() == 2 else None)
+
+
+def grouped_by_hand(a: Tensor, b: Tensor) -> Tensor:
+    if a.dim() == b.dim() == 3:
+        return a @ b
+    if a.dim() == 2 and b.dim() == 3:
+        return torch.cat([a[:1] @ b[0], a[1:4] @ b[1]])
+    if a.dim() == 2:
+        return torch.stack([a[:, :1] @ b[:1], a[:, 1:4] @ b[1:4]])
+    return torch.cat([a[0] @ b[:, :1], a[1] @ b[:, 1:4]], -1)
+
+
+#: Torch has these products in float32 and half precision only, and rows of 16 bytes.
+GROUPED = [
+    Case("groups of rows", grouped, [(4, 8), (2, 8, 4)], ["GroupedMmBackward0"], reference=grouped_by_hand),
+    Case("groups of columns", grouped, [(2, 4, 8), (8, 4)], ["GroupedMmBackward0"], reference=grouped_by_hand),
+    Case("groups of the inner dimension", grouped, [(8, 4), (4, 8)], ["GroupedMmBackward0"], reference=grouped_by_hand),
+    Case("batch", grouped, [(2, 4, 8), (2, 8, 4)], ["GroupedMmBackward0"], reference=grouped_by_hand),
+]
+
+
+@pytest.mark.parametrize("case", GROUPED, ids=lambda case: case.name)
+def test_grouped_products_equal_dense_derivatives(case: Case) -> None:
+    check(case, torch.float32)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

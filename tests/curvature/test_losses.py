@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -16,6 +17,7 @@ TARGET = torch.randn((4, 3), generator=generator, dtype=torch.float64)
 PROBABILITY = torch.rand((4, 3), generator=generator, dtype=torch.float64)
 SIGN = torch.randint(0, 2, (4, 3), generator=generator).double() * 2 - 1
 WEIGHT = torch.rand(3, generator=generator, dtype=torch.float64) + 0.5
+POSITIVE = torch.rand(3, generator=generator, dtype=torch.float64) + 0.5
 LABEL = torch.tensor([0, 2, 1, 2])
 IMAGE_LABEL = torch.randint(0, 3, (2, 2, 2), generator=generator)
 
@@ -99,10 +101,93 @@ def cases() -> Iterator[Case]:
             yield Case(
                 f"{name} {reduction}", lambda x, loss=loss, r=reduction: loss(x, r), [shape], [node], at_loss=mixes
             )
+    for reduction in ("mean", "sum", "none"):
+        yield from cases_over_classes(reduction)
     yield Case("kl_div batchmean", lambda x: F.kl_div(x, PROBABILITY, reduction="batchmean"), [(4, 3)])
+    yield from cases_of_binary_cross_entropy()
     yield Case("mse of two inputs", F.mse_loss, [(4, 3), (4, 3)], ["MseLossBackward0"])
     yield Case("huber of two inputs", F.huber_loss, [(4, 3), (4, 3)], ["HuberLossBackward0"])
     yield Case("smooth_l1 of two inputs", F.smooth_l1_loss, [(4, 3), (4, 3)], ["SmoothL1LossBackward0"])
+
+
+LABELS = torch.tensor([[1, 2, -1], [0, -1, 0], [2, 1, 0], [-1, 0, 0]])
+SEQUENCES = torch.tensor([[1, 2, 1], [2, 0, 0], [1, 1, 0]])  # 3 samples, 5 steps, 3 classes, of which 0 is blank
+STEPS = torch.randn((5, 3, 3), generator=generator, dtype=torch.float64)
+LENGTHS, TARGET_LENGTHS = torch.tensor([5, 3, 4]), torch.tensor([3, 1, 2])
+
+
+def cases_over_classes(r: str) -> Iterator[Case]:
+    margin, label = ["MultiMarginLossBackward0"], ["MultilabelMarginLossBackward0"]
+    for p in (1, 2):
+        for weight in (None, WEIGHT):
+            name = f"{'weighted ' if weight is not None else ''}multi_margin {r} with p = {p}"
+
+            def loss(x: Tensor, p: int = p, weight: Tensor | None = weight) -> Tensor:
+                return F.multi_margin_loss(x, LABEL, p, 0.8, weight, reduction=r)
+
+            def by_hand(x: Tensor, p: int = p, weight: Tensor | None = weight) -> Tensor:
+                right = F.one_hot(LABEL, 3).bool()
+                losses = (0.8 - x[right].unsqueeze(1) + x).clamp(min=0).pow(p).masked_fill(right, 0).sum(1) / 3
+                return reduced(losses if weight is None else losses * weight[LABEL], r)
+
+            yield Case(name, loss, [(4, 3)], margin, reference=by_hand)
+
+    def margins(x: Tensor) -> Tensor:
+        losses = []
+        for row, labels in zip(x, LABELS, strict=True):
+            right = [*labels.tolist(), -1]
+            right = right[: right.index(-1)]
+            wrong = [k for k in range(3) if k not in right]
+            terms = [(1 - row[j] + row[k]).clamp(min=0) for j in right for k in wrong]
+            losses.append((torch.stack(terms).sum() if terms else row.sum() * 0) / 3)
+        return reduced(torch.stack(losses), r)
+
+    def several(x: Tensor) -> Tensor:
+        return F.multilabel_margin_loss(x, LABELS, reduction=r)
+
+    yield Case(f"multilabel_margin {r}", several, [(4, 3)], label, reference=margins)
+    yield Case(
+        f"ctc {r}",
+        lambda x: F.ctc_loss(x, SEQUENCES, LENGTHS.tolist(), TARGET_LENGTHS.tolist(), reduction=r),
+        [STEPS.log_softmax(-1)],
+        ["CtcLossBackward0"],
+        reference=lambda x: ctc_by_hand(x, r),
+    )
+
+
+def reduced(losses: Tensor, reduction: str) -> Tensor:
+    return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
+
+
+def ctc_by_hand(x: Tensor, reduction: str) -> Tensor:
+    """Minus the logarithm of the sum over all alignments, plus that of the normaliser, as torch's gradient has it."""
+    losses = []
+    for n in range(3):
+        length, labels = int(LENGTHS[n]), SEQUENCES[n][: TARGET_LENGTHS[n]].tolist()
+        alignments = [
+            torch.stack([x[t, n, k] for t, k in enumerate(steps)]).sum()
+            for steps in itertools.product(range(3), repeat=length)
+            if [k for k, _ in itertools.groupby(steps) if k] == labels
+        ]
+        losses.append(x[:length, n].logsumexp(-1).sum() - torch.stack(alignments).logsumexp(0))
+    total = torch.stack(losses)
+    return (total / TARGET_LENGTHS).mean() if reduction == "mean" else reduced(total, reduction)
+
+
+def cases_of_binary_cross_entropy() -> Iterator[Case]:
+    """Also in the target, and where paths from one tensor meet in input and target."""
+    plain, of_logits = F.binary_cross_entropy, F.binary_cross_entropy_with_logits
+    for r in ("mean", "sum", "none"):
+        for name, loss, node in (
+            ("bce", lambda x, t, r=r: plain(x.sigmoid(), t, WEIGHT, reduction=r), "BinaryCrossEntropyBackward0"),
+            (
+                "bce with logits",
+                lambda x, t, r=r: of_logits(x, t, WEIGHT, reduction=r, pos_weight=POSITIVE),
+                "BinaryCrossEntropyWithLogitsBackward0",
+            ),
+        ):
+            yield Case(f"{name} {r} of two inputs", loss, [(4, 3), PROBABILITY], [node])
+            yield Case(f"{name} {r} of one input", lambda x, loss=loss: loss(x, x.sigmoid()), [(4, 3)], [node])
 
 
 CASES = list(cases())

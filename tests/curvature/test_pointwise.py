@@ -93,6 +93,8 @@ CASES = [
     spread("erfc", torch.erfc, "ErfcBackward0"),
     Case("lgamma", torch.lgamma, [(3, 4)], ["LgammaBackward0"], positive=True),
     Case("digamma", torch.digamma, [(3, 4)], ["DigammaBackward0"], positive=True),
+    Case("glu", F.glu, [(3, 4)], ["GluBackward0"]),
+    Case("glu of dimension 0", lambda x: F.glu(x, 0), [(4, 3)], ["GluBackward0"]),
     spread("abs", torch.abs, "AbsBackward0"),
     spread("neg", torch.neg, "NegBackward0"),
     spread("round", torch.round, "RoundBackward0"),

@@ -8,7 +8,44 @@ import torch
 from hesscale_lightning.curvature import backward
 from tests.curvature.oracle import Case, Probe, check
 
+ZEROS = torch.tensor([[1.0, 0.0, -2.0], [0.0, 3.0, 0.0]], dtype=torch.float64)
+WITH_NAN = torch.tensor([[1.0, torch.nan, -2.0], [0.0, 3.0, 0.5]], dtype=torch.float64)
+HIDDEN = torch.tensor([[False, True, False], [False, False, False]])
+
 CASES = [
+    Case("safe softmax", lambda x: torch._safe_softmax(x, -1), [(3, 4)], ["SafeSoftmaxBackward0"]),
+    Case(
+        "masked softmax",
+        lambda x: torch._masked_softmax(x, HIDDEN, 1),
+        [(2, 3)],
+        ["MaskedSoftmaxBackward0"],
+        reference=lambda x: x.masked_fill(HIDDEN, -torch.inf).softmax(1),
+    ),
+    Case("nansum", torch.nansum, [WITH_NAN], ["NansumBackward0"]),
+    Case("nansum of rows", lambda x: x.nansum(-1), [WITH_NAN], ["NansumBackward0"]),
+    Case("prod", torch.prod, [(3, 4)], ["ProdBackward0"]),
+    Case("prod with a zero", torch.prod, [torch.tensor([1.0, 0.0, -2.0]).double()], ["ProdBackward0"]),
+    Case("prod of a number", torch.prod, [()], ["ProdBackward0"]),
+    Case("prod of rows", lambda x: x.prod(-1), [(2, 3, 4)], ["ProdBackward1"]),
+    Case("prod of columns", lambda x: x.prod(0, keepdim=True), [(3, 4)], ["ProdBackward1"]),
+    Case("prod of rows with zeros", lambda x: x.prod(1), [ZEROS], ["ProdBackward1"]),
+    Case("cumprod", lambda x: x.cumprod(-1), [(3, 4)], ["CumprodBackward0"]),
+    Case(
+        "cumprod of columns",
+        lambda x: x.cumprod(0),
+        [(3, 4)],
+        ["CumprodBackward0"],
+        reference=lambda x: torch.stack([x[0], x[0] * x[1], x[0] * x[1] * x[2]]),
+    ),
+    Case(
+        "cumprod with zeros",
+        lambda x: x.cumprod(1),
+        [ZEROS],
+        ["CumprodBackward0"],
+        reference=lambda x: torch.stack([x[:, :k].prod(1) for k in (1, 2, 3)], 1),
+    ),
+    Case("logcumsumexp", lambda x: x.logcumsumexp(-1), [(3, 4)], ["LogcumsumexpBackward0"]),
+    Case("logcumsumexp of large numbers", lambda x: (x + 900).logcumsumexp(0), [(3, 4)], ["LogcumsumexpBackward0"]),
     Case("softmax", lambda x: x.softmax(-1), [(3, 4)], ["SoftmaxBackward0"]),
     Case("softmax of dimension 0", lambda x: x.softmax(0), [(3, 4)], ["SoftmaxBackward0"]),
     Case("softmax in the middle", lambda x: x.softmax(1), [(2, 3, 2)], ["SoftmaxBackward0"]),

@@ -30,7 +30,15 @@ def built_in() -> list[str]:
 
 #: Nodes that no single process makes on the CPU, and what proves their rules instead.
 ELSEWHERE = {
+    "CtcLossBackward1": "the formula of CtcLossBackward0",
     "CudnnBatchNormBackward0": "the formula of NativeBatchNormBackward0",
+    "FusedRmsNormBackward0": "its formula, in test_normalization.py",
+    "ScaledDotProductCudnnAttentionBackward0": "the formula of ScaledDotProductFlashAttentionForCpuBackward0",
+    "ScaledDotProductEfficientAttentionBackward0": "the formula of ScaledDotProductFlashAttentionForCpuBackward0",
+    "ScaledDotProductFlashAttentionBackward0": "the formula of ScaledDotProductFlashAttentionForCpuBackward0",
+    "ScaledDotProductFusedAttentionOverrideableBackward0": (
+        "the formula of ScaledDotProductFlashAttentionForCpuBackward0"
+    ),
     "_DDPSinkBackward": "tests/test_callback.py, with two processes",
 }
 

@@ -2,18 +2,23 @@
 
 from hesscale_lightning.curvature.rules import (
     arithmetic,
+    attention,
     convolution,
     copy_slices,
+    distance,
     distributed,
     embedding,
     indexing,
+    linalg,
     linear,
     losses,
     normalization,
     pointwise,
     pooling,
+    recurrent,
     reduction,
     selection,
     shape,
     softmax,
+    special,
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 from hesscale_lightning.curvature.elementwise import elementwise
 from hesscale_lightning.curvature.precision import full
 from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, Partials
+from hesscale_lightning.curvature.rules.pointwise import between
 
 PartialsFunction = Callable[[bool], Partials]
 
@@ -265,3 +266,28 @@ def xlogy_number_first(op: Operation) -> PartialsFunction:
 def xlogy_number_last(op: Operation) -> PartialsFunction:
     slope = float(torch.tensor(op.node._saved_other, dtype=torch.float64).log())
     return lambda _: ((slope,), {})
+
+
+@elementwise("DivBackward2", "DivBackward3")
+def div_rounded(op: Operation) -> PartialsFunction:
+    """Flat if the quotient is rounded."""
+    if op.node._saved_rounding_mode is None:
+        return div(op)
+    op.curved, inputs = False, len(op.needs)
+    return lambda _: ((0.0, 0.0)[:inputs], {})
+
+
+@elementwise("ClampBackward0", "ClampMinBackward1", "ClampMaxBackward1", curved=False)
+def clamp(op: Operation) -> PartialsFunction:
+    """Bounds are tensors; slope 1 in whichever of the three is selected, the upper bound where the two are crossed."""
+    node = op.node
+    x, low, high = node._saved_self, getattr(node, "_saved_min", None), getattr(node, "_saved_max", None)
+    by_max_only = node.name() == "ClampMaxBackward1"
+
+    def partials(_: bool) -> Partials:
+        inside = between(x, low, high)
+        below = None if low is None else x < low if high is None else (x < low) & (low < high)
+        above = None if high is None else x > high if low is None else (x > high) | (low > high)
+        return (inside, above) if by_max_only else (inside, below, above), {}
+
+    return partials

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hesscale_lightning.curvature.precision import squared
+from hesscale_lightning.curvature.precision import full, squared
 from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, register_rule
 
 
@@ -157,8 +157,63 @@ def addr(op: Operation) -> Formula:
     return formula
 
 
-@register_rule("DotBackward0", bilinear=True)
+@register_rule("DotBackward0", "VdotBackward0", bilinear=True)
 def dot(op: Operation) -> Formula:
-    a, b = op.node._saved_self, op.node._saved_tensor
+    node = op.node
+    a, b = node._saved_self, node._saved_tensor if node.name() == "DotBackward0" else node._saved_other
     need_a, need_b = op.needs
     return lambda h: (squared(b) * h if need_a else None, squared(a) * h if need_b else None)
+
+
+@register_rule("GroupedMmBackward0")
+def grouped_mm(op: Operation) -> Formula:
+    """A matrix product for each group; the groups are blocks of rows, of columns or of the inner dimension."""
+    node = op.node
+    a, b, ends = node._saved_self, node._saved_mat2, node._saved_offs  # ends: where each block ends
+    need_a, need_b = op.needs[:2]
+    rank_a, rank_b = len(node._saved_self_sym_sizes), len(node._saved_mat2_sym_sizes)
+    shape_a, shape_b = node._saved_self_sym_sizes, node._saved_mat2_sym_sizes
+    rest = (None,) * (len(op.needs) - 2)
+
+    def formula(h: Tensor) -> Diagonals:
+        if ends is None:
+            return (h @ squared(b).mT if need_a else None, squared(a).mT @ h if need_b else None, *rest)
+        h_a = h.new_zeros(shape_a) if need_a else None
+        h_b = h.new_zeros(shape_b) if need_b else None
+        start = 0
+        for group, end in enumerate(ends.tolist()):
+            block = slice(start, end)
+            of_a = (block,) if rank_a == 2 and rank_b == 3 else (slice(None), block) if rank_a == 2 else (group,)
+            of_b = (group,) if rank_b == 3 else (block,) if rank_a == 2 else (slice(None), block)
+            of_h = (block,) if rank_a == 2 and rank_b == 3 else (group,) if rank_a == 2 else (slice(None), block)
+            if need_a:
+                h_a[of_a] = h[of_h] @ squared(b[of_b]).mT
+            if need_b:
+                h_b[of_b] = squared(a[of_a]).mT @ h[of_h]
+            start = end
+        return (h_a, h_b, *rest)
+
+    return formula
+
+
+@register_rule("TrilinearBackward0")
+def bilinear(op: Operation) -> Formula:
+    """``y_bo = sum_ij x_bi w_oij z_bj``: ``h_x = sum_o (sum_j w_oij z_bj)^2 h_bo``, ``h_w = sum_b x_bi^2 z_bj^2 h_bo``."""
+    node = op.node
+    x, w, z = node._saved_i1, node._saved_i2, node._saved_i3
+    layout = [tuple(d) for d in (node._saved_expand1, node._saved_expand2, node._saved_expand3, node._saved_sumdim)]
+    if layout != [(1, 3), (0,), (1, 2), (2, 3)]:
+        raise op.unsupported("of products of three tensors only those of a bilinear layer are known")
+    need_x, need_w, need_z = op.needs
+
+    def formula(h: Tensor) -> Diagonals:
+        h_x = h_w = h_z = None
+        if need_x:
+            h_x = torch.einsum("boi,bo->bi", squared(torch.einsum("oij,bj->boi", full(w), full(z))), h)
+        if need_z:
+            h_z = torch.einsum("boj,bo->bj", squared(torch.einsum("oij,bi->boj", full(w), full(x))), h)
+        if need_w:
+            h_w = torch.einsum("bo,bi,bj->oij", h, squared(x), squared(z))
+        return h_x, h_w, h_z
+
+    return formula

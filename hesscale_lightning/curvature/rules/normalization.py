@@ -189,3 +189,70 @@ def _affine(
         )
 
     return formula
+
+
+@register_rule("FusedRmsNormBackward0", curved=True)
+def rms_norm(op: Operation) -> Formula:
+    """``[h (1 - 2 z^2/N) + z^2 H_2/N^2] / s^2 + [-2 z g - G_1 (1 - 3 z^2/N)] / (N s^2)`` with ``z = x / s``."""
+    node = op.node
+    x, inverse, weight = node._saved_input, node._saved_result1, node._saved_weight
+    rank = len(node._saved_normalized_shape)
+    dims = tuple(range(x.dim() - rank, x.dim()))
+    rows = tuple(range(x.dim() - rank))
+    need_x, need_weight = op.needs
+
+    def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
+        s = full(inverse)
+        z = full(x) * s
+        h_x = h_weight = None
+        if need_weight and h is not None:
+            h_weight = z * z * h
+            h_weight = h_weight.sum(rows) if rows else h_weight
+        if need_x:
+            n = z[(0,) * len(rows)].numel()
+            square = z * z
+            if weight is not None:
+                g = None if g is None else g * full(weight)
+                h = None if h is None else h * full(weight).square()
+            h_x = torch.zeros_like(z)
+            if h is not None:
+                h_x = h * (1 - square * (2 / n)) + square * ((square * h).sum(dims, keepdim=True) / n**2)
+            if g is not None:
+                g1 = (z * g).sum(dims, keepdim=True) / n
+                h_x = h_x - z * g * (2 / n) - g1 * (1 - square * (3 / n))
+            h_x = h_x * s.square()
+        return h_x, h_weight
+
+    return formula
+
+
+@register_rule("WeightNormInterfaceBackward0", curved=True)
+def weight_norm(op: Operation) -> Formula:
+    """``w = gamma u`` with ``u = v / |v|`` for each slice along a dimension; ``h_gamma = sum u^2 h``.
+
+    ``h_v = gamma^2 [h (1 - 2 u^2) + u^2 sum u^2 h] / |v|^2 + gamma [-2 u g - (1 - 3 u^2) sum u g] / |v|^2``.
+    """
+    node = op.node
+    v, gamma, norm = node._saved_v, node._saved_g, node._saved_result1
+    dims = tuple(d for d in range(v.dim()) if d != node._saved_dim)
+    need_v, need_gamma = op.needs
+
+    def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
+        inverse = 1 / full(norm)
+        scale = full(gamma)
+        u = full(v) * inverse
+        square = u * u
+        h_v = h_gamma = None
+        total = None if h is None else (square * h).sum(dims, keepdim=True)
+        if need_gamma and total is not None:
+            h_gamma = total.view(gamma.shape)
+        if need_v:
+            h_v = torch.zeros_like(u)
+            if h is not None:
+                h_v = scale.square() * (h * (1 - 2 * square) + square * total)
+            if g is not None:
+                h_v = h_v - scale * (2 * u * g + (1 - 3 * square) * (u * g).sum(dims, keepdim=True))
+            h_v = h_v * inverse.square()
+        return h_v, h_gamma
+
+    return formula

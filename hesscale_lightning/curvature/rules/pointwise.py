@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hesscale_lightning.curvature.elementwise import elementwise
 from hesscale_lightning.curvature.precision import full
-from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, Partials
+from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, Partials, register_rule
 
 Derivative = Callable[[Tensor], Tensor]
 
@@ -257,6 +257,26 @@ def prelu(op: Operation) -> Callable[[bool], Partials]:
     return partials
 
 
+@register_rule("GluBackward0", curved=True)
+def glu(op: Operation) -> Formula:
+    """``a sigmoid(b)`` of the two halves of x: ``s^2 h`` and ``(a s')^2 h + a s'' g``."""
+    saved, dim = op.node._saved_self, op.node._saved_dim
+    dim = dim - 2**64 if dim >= 2**63 else dim
+
+    def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
+        a, b = full(saved).chunk(2, dim)
+        s = torch.sigmoid(b)
+        slope = s * (1 - s)
+        h_a, h_b = (torch.zeros_like(a),) * 2
+        if h is not None:
+            h_a, h_b = s.square() * h, (a * slope).square() * h
+        if g is not None:
+            h_b = h_b + a * slope * (1 - 2 * s) * g
+        return (torch.cat([h_a, h_b], dim),)
+
+    return formula
+
+
 # -- clamping --------------------------------------------------------------------------------------------------------
 
 
@@ -270,12 +290,13 @@ def _gradient_at_bound() -> bool:
 _INCLUSIVE = _gradient_at_bound()
 
 
-def _between(x: Tensor, low: float | Tensor | None, high: float | Tensor | None) -> Tensor:
+def between(x: Tensor, low: float | Tensor | None, high: float | Tensor | None) -> Tensor:
+    """Where clamping lets the gradient through."""
     inside = torch.ones_like(x, dtype=torch.bool)
     if low is not None:
-        inside &= x >= low if _INCLUSIVE else x > low
+        inside = inside & (x >= low if _INCLUSIVE else x > low)
     if high is not None:
-        inside &= x <= high if _INCLUSIVE else x < high
+        inside = inside & (x <= high if _INCLUSIVE else x < high)
     return inside
 
 
@@ -284,7 +305,7 @@ def clamp(op: Operation) -> Callable[[bool], Partials]:
     """Bounds are numbers."""
     x = op.node._saved_self
     low, high = getattr(op.node, "_saved_min", None), getattr(op.node, "_saved_max", None)
-    return lambda _: ((_between(x, low, high),), {})
+    return lambda _: ((between(x, low, high),), {})
 
 
 # -- elementary functions --------------------------------------------------------------------------------------------

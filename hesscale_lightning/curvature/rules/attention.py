@@ -1,0 +1,147 @@
+"""Fused scaled dot product attention: the exact local diagonal of the whole, not of the operations it is made of.
+
+Per head, with ``S = s q k^T + mask``, ``P = softmax(S)``, ``O = P V``, ``K = P k``, and g, h at ``O``: one entry of S
+moves one row of O, so that at the scores, and at a mask that is learned, the curvature is
+
+    E_tj = P_tj^2 sum_e (V_je - O_te)^2 h_te  +  P_tj (1 - 2 P_tj) sum_e (V_je - O_te) g_te
+
+One entry of k moves one column of S, one entry of v one row of V:
+
+    h_k = s^2 E^T q^2,    h_v = (P^2)^T h
+
+One entry of q moves a whole row of S, and ``dO_te/dq_td = s C_tde``, the covariance of ``k_d`` and ``V_e`` under
+``P_t``:
+
+    h_q = s^2 sum_e C_tde^2 h_te  +  s^2 sum_j P_tj (k_jd - K_td)^2 sum_e (V_je - O_te) g_te
+
+The first sum is the only one that costs more than attention itself, ``T S D^2`` instead of ``T S D``. It is paid for
+exactness, as matrix products over blocks of queries and of features, so that memory stays bounded.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesscale_lightning.curvature.precision import full, squared
+from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, register_rule
+
+_BLOCK = 2**22  # entries of the largest temporary tensor
+_safe_softmax = torch.ops.aten._safe_softmax.default
+
+
+@register_rule(
+    "ScaledDotProductFlashAttentionForCpuBackward0", "ScaledDotProductFlashAttentionBackward0",
+    "ScaledDotProductEfficientAttentionBackward0", "ScaledDotProductCudnnAttentionBackward0",
+    "ScaledDotProductFusedAttentionOverrideableBackward0",
+    curved=True,
+)  # fmt: skip
+def attention(op: Operation) -> Formula:
+    """Exact, at a cost of T S D^2 for the queries."""
+    node = op.node
+    if node._saved_dropout_p:
+        raise op.unsupported(
+            "the mask of attention's dropout is not at hand: set its dropout to 0, or compute attention with "
+            "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
+        )
+    query, key, value = node._saved_query, node._saved_key, node._saved_value
+    mask = getattr(node, "_saved_attn_mask" if "ForCpu" in node.name() else "_saved_attn_bias", None)
+    causal, scale = node._saved_is_causal, node._saved_scale
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    needs, inputs = [*op.needs, False][:4], len(op.needs)
+    bias_shape = op.input_shape(3) if needs[3] else None
+
+    def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
+        results = _diagonals(query, key, value, mask, causal, scale, g, h, needs)
+        if bias_shape is not None:
+            results[3] = results[3].sum_to_size(bias_shape)
+        return results[:inputs]
+
+    return formula
+
+
+def _diagonals(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float,
+    g: Tensor | None, h: Tensor | None, needs: list[bool],
+) -> list[Any]:  # fmt: skip
+    """Curvature at query, key, value and mask, in blocks of queries.
+
+    Queries that share a head of keys and values are rows of one matrix, ``(batch, key heads, sharing heads * T, D)``.
+    """
+    batch, heads, length, _ = query.shape
+    shared, keys = heads // key.shape[1], key.shape[-2]
+
+    def merged(x: Tensor) -> Tensor:
+        return full(x).reshape(batch, -1, shared * length, x.shape[-1])
+
+    q, k, v = merged(query), full(key), full(value)
+    g, h = (None if x is None else merged(x) for x in (g, h))
+    if mask is not None:
+        mask = mask.expand(batch, heads, length, keys).unflatten(1, (-1, shared))
+    k, v = k - k.mean(-2, keepdim=True), v - v.mean(-2, keepdim=True)  # neither moves P; differences cancel less
+    h_q = torch.zeros_like(q) if needs[0] else None
+    h_k, h_v = torch.zeros_like(k), torch.zeros_like(v)
+    h_mask = q.new_zeros(batch, heads, length, keys).unflatten(1, (-1, shared)) if needs[3] else None
+    rows = max(1, _BLOCK // max(1, q.shape[0] * q.shape[1] * keys))
+    for start in range(0, shared * length, rows):
+        here = torch.arange(start, min(start + rows, shared * length), device=q.device)
+        head, step = here // length, here % length
+        q_t = q[:, :, here]
+        p = _probabilities(q_t @ (k.mT * scale), None if mask is None else mask[:, :, head, step], causal, step)
+        o = p @ v
+        square = p * p
+        at_scores = torch.zeros_like(p)
+        weight = None
+        if h is not None:
+            h_t = h[:, :, here]
+            if needs[2]:
+                h_v += square.mT @ h_t
+            apart = h_t @ squared(v).mT - 2 * (h_t * o) @ v.mT + (h_t * o * o).sum(-1, keepdim=True)
+            at_scores.addcmul_(square, apart)
+        if g is not None:
+            g_t = g[:, :, here]
+            weight = p * (g_t @ v.mT - (g_t * o).sum(-1, keepdim=True))
+            at_scores.addcmul_(1 - 2 * p, weight)
+        if needs[1]:
+            h_k += at_scores.mT @ squared(q_t * scale)
+        if h_mask is not None:
+            h_mask[:, :, head, step] = at_scores
+        if h_q is not None:
+            h_q[:, :, here] = _at_queries(p, k * scale, v, o, weight, None if h is None else h_t)
+    return [
+        None if h_q is None else h_q.view(query.shape),
+        h_k if needs[1] else None,
+        h_v if needs[2] and h is not None else None,
+        None if h_mask is None else h_mask.flatten(1, 2),
+    ]
+
+
+def _probabilities(scores: Tensor, mask: Tensor | None, causal: bool, step: Tensor) -> Tensor:
+    """Softmax over the keys; a query that may see none of them has only zeros."""
+    if causal:
+        scores = scores.masked_fill(torch.arange(scores.shape[-1], device=step.device) > step[:, None], -math.inf)
+    if mask is None:
+        return scores.softmax(-1)
+    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + full(mask)
+    return _safe_softmax(scores, -1)
+
+
+def _at_queries(p: Tensor, k: Tensor, v: Tensor, o: Tensor, weight: Tensor | None, h: Tensor | None) -> Tensor:
+    """``sum_e C_tde^2 h_te + sum_j weight_tj (k_jd - K_td)^2`` for one block of queries; k is scaled already."""
+    center = p @ k
+    total = torch.zeros_like(center)
+    if weight is not None:  # the weights of a row sum to zero, which leaves two terms of the square
+        total += weight @ squared(k) - 2 * center * (weight @ k)
+    if h is not None:
+        width = v.shape[-1]
+        longest = max(p.shape[-1], p.shape[-2]) * p.shape[0] * p.shape[1]
+        block = max(1, _BLOCK // max(1, longest * width))
+        for start in range(0, k.shape[-1], block):
+            part = slice(start, start + block)
+            products = (k[..., part, None] * v[..., None, :]).flatten(-2)
+            covariance = (p @ products).unflatten(-1, (-1, width)) - center[..., part, None] * o[..., None, :]
+            total[..., part] += (covariance.square_() @ h[..., None]).squeeze(-1)
+    return total

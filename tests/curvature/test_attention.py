@@ -1,0 +1,100 @@
+"""Fused attention against dense derivatives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from hesscale_lightning.curvature import UnsupportedOperationError, backward
+from hesscale_lightning.curvature.rules import attention
+from tests.curvature.oracle import Case, check, node_names
+
+NODE = "ScaledDotProductFlashAttentionForCpuBackward0"
+generator = torch.Generator().manual_seed(3)
+VISIBLE = torch.rand((4, 5), generator=generator) > 0.4
+VISIBLE[1] = False  # a query that sees nothing
+PER_SAMPLE = torch.rand((2, 1, 1, 5), generator=generator) > 0.3
+BIAS = torch.randn((2, 2, 4, 5), generator=generator, dtype=torch.float64)
+QKV = [(2, 2, 4, 3), (2, 2, 5, 3), (2, 2, 5, 3)]
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, attn_mask=VISIBLE)
+
+
+def masked_by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~VISIBLE, -torch.inf)
+    return torch._safe_softmax(scores, -1) @ v
+
+
+def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def grouped_with_bias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, attn_mask=BIAS[:1, :1], enable_gqa=True)
+
+
+def by_hand(function: object) -> object:
+    """Torch differentiates its fused attention only once: the same through the composed one."""
+
+    def operation(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return function(q, k, v)  # type: ignore[operator]
+
+    return operation
+
+
+def case(name: str, function: object, inputs: object = QKV, reference: object = None) -> Case:
+    return Case(name, function, inputs, [NODE], reference=reference or by_hand(function))  # type: ignore[arg-type]
+
+
+CASES = [
+    case("plain", scaled_dot_product_attention),
+    case("causal", lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True)),
+    case("scaled", lambda q, k, v: scaled_dot_product_attention(q, k, v, scale=0.9)),
+    case("mask", masked, reference=masked_by_hand),
+    case("mask of samples", lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=PER_SAMPLE)),
+    case("bias", lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=BIAS)),
+    case("grouped queries", grouped, [(2, 4, 3, 2), (2, 2, 3, 2), (2, 2, 3, 2)]),
+    case("grouped queries with bias", grouped_with_bias, [(1, 4, 4, 2), (1, 2, 5, 2), (1, 2, 5, 2)]),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_rule_equals_dense_derivatives(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("block", [1, 40])
+@pytest.mark.parametrize("name", ["causal", "mask", "grouped queries", "grouped queries with bias"])
+def test_blocks_add_up(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_BLOCK", block)
+    check(next(case for case in CASES if case.name == name))
+
+
+def test_in_float32() -> None:
+    check(CASES[1], torch.float32)
+
+
+def test_dropout_runs_as_composed_operations() -> None:
+    q, k, v = (torch.randn(shape, requires_grad=True) for shape in QKV)
+    loss = scaled_dot_product_attention(q, k, v, dropout_p=0.3).square().sum()
+    assert NODE not in node_names(loss)
+    backward(loss)
+    assert all(x.hess_diag.isfinite().all() for x in (q, k, v))
+
+
+def test_fused_dropout_is_refused_with_advice() -> None:
+    class Node:
+        _saved_dropout_p = 0.1
+
+        def name(self) -> str:
+            return "ScaledDotProductFlashAttentionBackward0"
+
+    operation = attention.Operation(Node(), (), [True] * 3, [False] * 3, "hesscale", True)
+    with pytest.raises(UnsupportedOperationError, match="MATH"):
+        attention.attention(operation)
