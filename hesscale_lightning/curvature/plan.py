@@ -215,7 +215,7 @@ class PlanCache:
         for i, plan in enumerate(plans):
             found = follow(plan.route, root, leaves) if plan.route is not None else None
             if found is not None:
-                if any([found[0][leaf].variable.is_complex() for leaf in plan.leaves]):
+                if any(found[0][leaf].variable.is_complex() for leaf in plan.leaves):
                     return None  # the structure fits, but to plan for it is an error
                 if i:
                     plans.insert(0, plans.pop(i))
