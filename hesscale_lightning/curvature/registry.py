@@ -138,6 +138,8 @@ def register_rule(
             alone.
         bilinear: The operation has mixed second derivatives in two of its inputs, as a product has. They play no part
             in a rule; the coverage report tells where they are lost because both inputs come from one tensor.
+        reduces: For an operation with partials, whether its entries may also be summed, as by a loss: paths may meet in
+            it, but it is not joined with what follows.
 
     Example:
         >>> import torch

@@ -126,7 +126,8 @@ def _probabilities(scores: Tensor, mask: Tensor | None, causal: bool, step: Tens
     if mask is None:
         return scores.softmax(-1)
     scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + full(mask)
-    return _safe_softmax(scores, -1)
+    p: Tensor = _safe_softmax(scores, -1)
+    return p
 
 
 def _at_queries(p: Tensor, k: Tensor, v: Tensor, o: Tensor, weight: Tensor | None, h: Tensor | None) -> Tensor:

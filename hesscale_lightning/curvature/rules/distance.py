@@ -111,7 +111,9 @@ def distances(op: Operation) -> Formula:
         y = result
         if of_one_set:  # the upper triangle, without the diagonal, on which g and h are zero
             above = torch.triu_indices(len(a), len(a), 1, device=a.device).unbind()
-            y, g, h = (None if x is None else x.new_zeros(len(a), len(a)).index_put(above, x) for x in (y, g, h))
+            square = y.new_zeros(len(a), len(a))
+            y = square.index_put(above, y)
+            g, h = (None if x is None else square.index_put(above, x) for x in (g, h))
         rows, columns, features = y.shape[-2], y.shape[-1], a.shape[-1]
         block = max(1, _PAIRS // max(y.shape[:-2].numel() * columns * features, 1))
         of_a, of_b = [], y.new_zeros(())

@@ -63,8 +63,8 @@ def solve(op: Operation) -> Formula:
         if vector and h_b is not None:
             h_b = h_b.squeeze(-1 if left else -2)
         return (
-            None if h_a is None else h_a.sum_to_size(shape_a),
-            None if h_b is None else h_b.sum_to_size(shape_b),
+            None if h_a is None or shape_a is None else h_a.sum_to_size(shape_a),
+            None if h_b is None or shape_b is None else h_b.sum_to_size(shape_b),
         )
 
     return formula
@@ -99,7 +99,7 @@ def cross(op: Operation) -> Formula:
     shapes = [op.input_shape(i) if need else None for i, need in enumerate(op.needs)]
 
     def formula(h: Tensor) -> Diagonals:
-        results = []
+        results: list[Tensor | None] = []
         for other, shape in zip((b, a), shapes, strict=True):
             if shape is None:
                 results.append(None)

@@ -186,9 +186,9 @@ def grouped_mm(op: Operation) -> Formula:
             of_a = (block,) if rank_a == 2 and rank_b == 3 else (slice(None), block) if rank_a == 2 else (group,)
             of_b = (group,) if rank_b == 3 else (block,) if rank_a == 2 else (slice(None), block)
             of_h = (block,) if rank_a == 2 and rank_b == 3 else (group,) if rank_a == 2 else (slice(None), block)
-            if need_a:
+            if h_a is not None:
                 h_a[of_a] = h[of_h] @ squared(b[of_b]).mT
-            if need_b:
+            if h_b is not None:
                 h_b[of_b] = squared(a[of_a]).mT @ h[of_h]
             start = end
         return (h_a, h_b, *rest)
@@ -198,7 +198,7 @@ def grouped_mm(op: Operation) -> Formula:
 
 @register_rule("TrilinearBackward0")
 def bilinear(op: Operation) -> Formula:
-    """``y_bo = sum_ij x_bi w_oij z_bj``: ``h_x = sum_o (sum_j w_oij z_bj)^2 h_bo``, ``h_w = sum_b x_bi^2 z_bj^2 h_bo``."""
+    """``y_bo = sum_ij x_bi w_oij z_bj``: ``h_x = sum_o (sum_j w_oij z_bj)^2 h_bo``, ``h_w = sum_b (x_bi z_bj)^2 h_bo``."""
     node = op.node
     x, w, z = node._saved_i1, node._saved_i2, node._saved_i3
     layout = [tuple(d) for d in (node._saved_expand1, node._saved_expand2, node._saved_expand3, node._saved_sumdim)]

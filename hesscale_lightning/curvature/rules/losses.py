@@ -96,7 +96,7 @@ def soft_margin(op: Operation) -> Formula:
     return _entrywise(op, slopes)
 
 
-# -- binary cross-entropy: also curved in the target, and entrywise in both, so that paths may meet in it ---------------
+# -- binary cross-entropy: curved in the target as well, and entrywise in both, so that paths may meet in it -----------
 
 
 def _either(op: Operation, partials: PartialsRule, by_input: Formula) -> Formula:
@@ -217,10 +217,11 @@ def multi_margin(op: Operation) -> Formula:
     def derivative(order: int) -> Tensor:
         x = full(saved)
         ones = x.new_ones(x.shape[:-1] if reduction == 0 else ())
-        return _multi_margin_backward(ones, x, target, order, margin, weight, reduction)
+        slope: Tensor = _multi_margin_backward(ones, x, target, order, margin, weight, reduction)
+        return slope
 
     def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
-        g, h = (None if t is None or t.dim() == 0 else t.unsqueeze(-1) for t in (g, h)) if reduction == 0 else (g, h)
+        g, h = (t if t is None or t.dim() == 0 else t.unsqueeze(-1) for t in (g, h))
         total = None if h is None else derivative(p).square() * h
         if g is not None:
             made = 2 * derivative(1).abs() * g  # active ones at k, their number at y, all times w / C
@@ -260,8 +261,7 @@ def ctc(op: Operation) -> Formula:
     rest = node._saved_result0, node._saved_result1, node._saved_blank, node._saved_zero_infinity
 
     def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
-        unit = torch.ones_like(g if g is not None else h)
-        slope = _ctc_backward(unit, x, targets, lengths, target_lengths, *rest)
+        slope = _ctc_backward(torch.ones_like(rest[0]), x, targets, lengths, target_lengths, *rest)
         total = None if h is None else slope.square() * h[..., None]
         if g is not None:
             p = x.exp()

@@ -248,7 +248,7 @@ def weight_norm(op: Operation) -> Formula:
             h_gamma = total.view(gamma.shape)
         if need_v:
             h_v = torch.zeros_like(u)
-            if h is not None:
+            if h is not None and total is not None:
                 h_v = scale.square() * (h * (1 - 2 * square) + square * total)
             if g is not None:
                 h_v = h_v - scale * (2 * u * g + (1 - 3 * square) * (u * g).sum(dims, keepdim=True))

@@ -41,7 +41,8 @@ def fused_lstm(op: Operation) -> Formula:
         y = full(outputs)
         g_y, h_y = (None if t is None else t[0] for t in (g, h))
         if reverse:
-            x, y, g_y, h_y = (None if t is None else t.flip(0) for t in (x, y, g_y, h_y))
+            x, y = x.flip(0), y.flip(0)
+            g_y, h_y = (None if t is None else t.flip(0) for t in (g_y, h_y))
         y0, c0 = (full(t).reshape(y.shape[1:]) for t in start)
         before = torch.cat([y0[None], y[:-1]])
         a = x @ w.t() + before @ v.t()

@@ -108,9 +108,9 @@ def logcumsumexp(op: Operation) -> Formula:
 
     def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
         x, y = full(saved), full(result)
-        weight = -g if h is None else h if g is None else h - g
-        result_h = later(x, y, weight, 2)
-        return (result_h if g is None else result_h + later(x, y, g, 1),)
+        passed = None if h is None else later(x, y, h, 2)
+        made = None if g is None else later(x, y, g, 1) - later(x, y, g, 2)
+        return (made if passed is None else passed if made is None else passed + made,)
 
     return formula
 

@@ -15,12 +15,16 @@ from torch import Tensor
 from hesscale_lightning.curvature.elementwise import elementwise
 from hesscale_lightning.curvature.precision import full
 from hesscale_lightning.curvature.registry import Formula, Operation, Partials, register_rule
-from hesscale_lightning.curvature.rules.pointwise import unary
+from hesscale_lightning.curvature.rules.pointwise import Derivative, unary
 from hesscale_lightning.curvature.rules.shape import carried
 
 PartialsFunction = Callable[[bool], Partials]
 
-_i0, _i0e, _i1, _i1e = torch.special.i0, torch.special.i0e, torch.special.i1, torch.special.i1e
+_i0: Derivative = torch.special.i0
+_i0e: Derivative = torch.special.i0e
+_i1: Derivative = torch.special.i1
+_i1e: Derivative = torch.special.i1e
+_erfcx: Derivative = torch.special.erfcx
 _ROOT_PI = math.sqrt(math.pi)
 
 
@@ -29,7 +33,7 @@ _ROOT_PI = math.sqrt(math.pi)
 
 def _mills(x: Tensor) -> Tensor:
     """``phi(x) / Phi(x)``."""
-    return math.sqrt(2 / math.pi) / torch.special.erfcx(-x * math.sqrt(0.5))
+    return math.sqrt(2 / math.pi) / _erfcx(-x * math.sqrt(0.5))
 
 
 def _log_ndtr_second(x: Tensor) -> Tensor:
@@ -46,13 +50,13 @@ def _erfinv_first(x: Tensor) -> Tensor:
 
 
 def _erfcx_first(x: Tensor) -> Tensor:
-    return 2 * x * torch.special.erfcx(x) - 2 / _ROOT_PI
+    return 2 * x * _erfcx(x) - 2 / _ROOT_PI
 
 
 unary("SpecialLogNdtrBackward0", "self", _mills, _log_ndtr_second)
 unary("SpecialNdtriBackward0", "result", _ndtri_first, lambda y: y * _ndtri_first(y).square())
 unary("ErfinvBackward0", "self", _erfinv_first, lambda x: 2 * x.erfinv() * _erfinv_first(x).square())
-unary("SpecialErfcxBackward0", "self", _erfcx_first, lambda x: 2 * torch.special.erfcx(x) + 2 * x * _erfcx_first(x))
+unary("SpecialErfcxBackward0", "self", _erfcx_first, lambda x: 2 * _erfcx(x) + 2 * x * _erfcx_first(x))
 
 
 # -- Bessel functions: i0' = i1, i1' = i0 - i1/x -----------------------------------------------------------------------
