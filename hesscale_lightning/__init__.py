@@ -8,17 +8,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hesscale_lightning._version import __version__
-from hesscale_lightning.curvature import UnsupportedOperationError, attach, backward, register_rule
-from hesscale_lightning.optim import AdaHesScale
+from hesscale_lightning.curvature import (
+    UnsupportedOperationError,
+    attach,
+    backward,
+    coverage,
+    exact_hess_diag,
+    register_rule,
+)
+from hesscale_lightning.optim import AdaHesScale, StepSizeScaling
 
 if TYPE_CHECKING:
     from hesscale_lightning.callback import HesScaleCallback
     from hesscale_lightning.data import DigitsDataModule, MNIST1DDataModule
     from hesscale_lightning.metrics import (
+        CurvatureAuditError,
+        CurvatureHistogram,
+        CurvatureLayerShares,
         CurvatureMaxAbs,
         CurvatureMeanAbs,
         CurvatureNegativeFraction,
         CurvatureTrace,
+        EffectiveLearningRate,
+        LossDecrease,
+        StepSizeScale,
     )
     from hesscale_lightning.module import HesScaleModule
 
@@ -28,26 +41,41 @@ _LAZY = {
     "HesScaleModule": "hesscale_lightning.module",
     "DigitsDataModule": "hesscale_lightning.data",
     "MNIST1DDataModule": "hesscale_lightning.data",
-    "CurvatureTrace": "hesscale_lightning.metrics",
-    "CurvatureMeanAbs": "hesscale_lightning.metrics",
+    "CurvatureAuditError": "hesscale_lightning.metrics",
+    "CurvatureHistogram": "hesscale_lightning.metrics",
+    "CurvatureLayerShares": "hesscale_lightning.metrics",
     "CurvatureMaxAbs": "hesscale_lightning.metrics",
+    "CurvatureMeanAbs": "hesscale_lightning.metrics",
     "CurvatureNegativeFraction": "hesscale_lightning.metrics",
+    "CurvatureTrace": "hesscale_lightning.metrics",
+    "EffectiveLearningRate": "hesscale_lightning.metrics",
+    "LossDecrease": "hesscale_lightning.metrics",
+    "StepSizeScale": "hesscale_lightning.metrics",
 }
 
 __all__ = [
     "AdaHesScale",
+    "CurvatureAuditError",
+    "CurvatureHistogram",
+    "CurvatureLayerShares",
     "CurvatureMaxAbs",
     "CurvatureMeanAbs",
     "CurvatureNegativeFraction",
     "CurvatureTrace",
     "DigitsDataModule",
+    "EffectiveLearningRate",
     "HesScaleCallback",
     "HesScaleModule",
+    "LossDecrease",
     "MNIST1DDataModule",
+    "StepSizeScale",
+    "StepSizeScaling",
     "UnsupportedOperationError",
     "__version__",
     "attach",
     "backward",
+    "coverage",
+    "exact_hess_diag",
     "register_rule",
 ]
 

@@ -10,8 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hesscale_lightning import CurvatureMaxAbs, CurvatureMeanAbs, CurvatureNegativeFraction, CurvatureTrace
-from hesscale_lightning.metrics import STATISTICS
+from hesscale_lightning.metrics import (
+    STATISTICS,
+    CurvatureMaxAbs,
+    CurvatureMeanAbs,
+    CurvatureNegativeFraction,
+    CurvatureTrace,
+)
 
 REFERENCES = {
     "trace": np.sum,

@@ -1,4 +1,4 @@
-r"""Summaries of a diagonal: pure functions, and thin torchmetrics classes over them.
+r"""Statistics of a diagonal: pure functions, and thin torchmetrics classes over them.
 
 Write :math:`h` for all entries of the given diagonals together, :math:`N` of them:
 
@@ -12,12 +12,13 @@ negative_fraction  :math:`\frac1N |\{h_i < 0\}|`  how much of the loss bends dow
 Nothing here waits for the device: every result is a tensor, and counts are taken from shapes.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from hesscale_lightning.metrics.base import CurvatureMetric, count, gather, total, wide
 
 
 def trace(diagonals: Iterable[Tensor]) -> Tensor:
@@ -36,7 +37,7 @@ def trace(diagonals: Iterable[Tensor]) -> Tensor:
         >>> trace([torch.tensor([1.0, -3.0]), torch.tensor([[4.0]])])
         tensor(2.)
     """
-    return _total([h.sum() for h in _wide(diagonals)])
+    return total([h.sum() for h in wide(diagonals)])
 
 
 def mean_abs(diagonals: Iterable[Tensor]) -> Tensor:
@@ -46,8 +47,8 @@ def mean_abs(diagonals: Iterable[Tensor]) -> Tensor:
         >>> mean_abs([torch.tensor([1.0, -3.0]), torch.tensor([[5.0]])])
         tensor(3.)
     """
-    hs = _wide(diagonals)
-    return _total([h.abs().sum() for h in hs]) / _count(hs)
+    hs = wide(diagonals)
+    return total([h.abs().sum() for h in hs]) / count(hs)
 
 
 def max_abs(diagonals: Iterable[Tensor]) -> Tensor:
@@ -57,7 +58,7 @@ def max_abs(diagonals: Iterable[Tensor]) -> Tensor:
         >>> max_abs([torch.tensor([1.0, -3.0]), torch.tensor([[2.0]])])
         tensor(3.)
     """
-    return _gather([h.abs().amax() for h in _wide(diagonals)]).amax()
+    return gather([h.abs().amax() for h in wide(diagonals)]).amax()
 
 
 def negative_fraction(diagonals: Iterable[Tensor]) -> Tensor:
@@ -67,8 +68,8 @@ def negative_fraction(diagonals: Iterable[Tensor]) -> Tensor:
         >>> negative_fraction([torch.tensor([1.0, -3.0]), torch.tensor([[4.0, 0.0]])])
         tensor(0.2500)
     """
-    hs = _wide(diagonals)
-    return _total([(h < 0).sum(dtype=h.dtype) for h in hs]) / _count(hs)
+    hs = wide(diagonals)
+    return total([(h < 0).sum(dtype=h.dtype) for h in hs]) / count(hs)
 
 
 STATISTICS = {
@@ -80,27 +81,7 @@ STATISTICS = {
 """The statistics that :class:`hesscale_lightning.HesScaleCallback` logs, by the last part of their key."""
 
 
-class _CurvatureMetric(Metric):
-    """What the classes below share: not differentiable, no better direction, state that adds up."""
-
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = False
-
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Draw one value, or several over time.
-
-        Args:
-            val: one result of ``compute`` or ``forward``, or a list of them; None draws ``compute()``.
-            ax: a matplotlib axis to draw into; None makes a new figure.
-
-        Returns:
-            The figure and the axis.
-        """
-        return self._plot(val, ax)
-
-
-class CurvatureTrace(_CurvatureMetric):
+class CurvatureTrace(CurvatureMetric):
     """Mean over updates of :func:`trace`.
 
     Example:
@@ -129,7 +110,7 @@ class CurvatureTrace(_CurvatureMetric):
         return self.total / self.updates
 
 
-class CurvatureMeanAbs(_CurvatureMetric):
+class CurvatureMeanAbs(CurvatureMetric):
     """Mean absolute entry over all entries of all updates, see :func:`mean_abs`.
 
     Example:
@@ -150,16 +131,16 @@ class CurvatureMeanAbs(_CurvatureMetric):
     def update(self, diagonals: Iterable[Tensor]) -> None:
         """Add one set of diagonals."""
         diagonals = list(diagonals)
-        count = _count(diagonals)
-        self.total += mean_abs(diagonals) * count
-        self.entries += count
+        entries = count(diagonals)
+        self.total += mean_abs(diagonals) * entries
+        self.entries += entries
 
     def compute(self) -> Tensor:
         """The mean absolute entry."""
         return self.total / self.entries
 
 
-class CurvatureMaxAbs(_CurvatureMetric):
+class CurvatureMaxAbs(CurvatureMetric):
     """Largest absolute entry of all updates, see :func:`max_abs`.
 
     Example:
@@ -185,7 +166,7 @@ class CurvatureMaxAbs(_CurvatureMetric):
         return self.largest
 
 
-class CurvatureNegativeFraction(_CurvatureMetric):
+class CurvatureNegativeFraction(CurvatureMetric):
     """Share of negative entries over all entries of all updates, see :func:`negative_fraction`.
 
     Example:
@@ -206,35 +187,10 @@ class CurvatureNegativeFraction(_CurvatureMetric):
     def update(self, diagonals: Iterable[Tensor]) -> None:
         """Add one set of diagonals."""
         diagonals = list(diagonals)
-        count = _count(diagonals)
-        self.negative += negative_fraction(diagonals) * count
-        self.entries += count
+        entries = count(diagonals)
+        self.negative += negative_fraction(diagonals) * entries
+        self.entries += entries
 
     def compute(self) -> Tensor:
         """The share of negative entries."""
         return self.negative / self.entries
-
-
-def _wide(diagonals: Iterable[Tensor]) -> list[Tensor]:
-    """The diagonals with entries, in at least float32: a sum of half-precision squares overflows."""
-    hs = [h.detach() if h.dtype in (torch.float32, torch.float64) else h.detach().float() for h in diagonals]
-    hs = [h for h in hs if h.numel()]
-    if not hs:
-        raise ValueError(
-            "Found no diagonal to summarise, expected at least one tensor with entries. p.hess_diag is set by the "
-            "backward pass that follows hesscale_lightning.attach(loss)."
-        )
-    return hs
-
-
-def _count(diagonals: Iterable[Tensor]) -> int:
-    return sum(h.numel() for h in diagonals)
-
-
-def _gather(scalars: Sequence[Tensor]) -> Tensor:
-    first = scalars[0]
-    return torch.stack([s.to(device=first.device, dtype=first.dtype) for s in scalars])
-
-
-def _total(scalars: Sequence[Tensor]) -> Tensor:
-    return _gather(scalars).sum()
