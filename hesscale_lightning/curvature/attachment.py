@@ -37,8 +37,8 @@ class Attachment:
     """One armed backward pass. It is spent when that pass ends; :meth:`remove` disarms it earlier."""
 
     __slots__ = (
-        "__weakref__", "_cells", "_device_type", "_formulas", "_fresh", "_gradients", "_handles", "_inner", "_leaves", "_lock",
-        "_next", "_started", "_steps", "_turned",
+        "__weakref__", "_cells", "_device_type", "_formulas", "_fresh", "_gradients", "_handles", "_inner", "_leaves",
+        "_left_out", "_lock", "_next", "_started", "_steps", "_turned",
     )  # fmt: skip
 
     def __init__(self, device_type: str) -> None:
@@ -48,6 +48,7 @@ class Attachment:
         self._formulas: list[Formula | None] = []  # None: nothing to do, or done
         self._gradients: list[Any] = []  # what the formula takes as g, or AWAITED, or PLAIN
         self._turned: dict[int, list[bool]] = {}  # steps whose results are to be transposed: which of them
+        self._left_out: dict[int, Tensor] = {}  # gradients, by cell, that composites account for already
         # Curvature that has arrived so far, by cell, and who receives a diagonal in the end:
         self._cells: list[Any] = []
         self._leaves: list[tuple[int, Node]] = []  # cell and node of each leaf
@@ -116,6 +117,8 @@ class Attachment:
                     g = g[0]
                     if g is not None and g.dtype in HALF:
                         g = g.float()
+                    if cell in self._left_out:
+                        g = g - self._left_out.pop(cell)
             else:
                 h = self._take(outputs)
                 if g is not None and g is not PLAIN:
@@ -140,9 +143,14 @@ class Attachment:
             if k in self._turned:
                 results = [r.t() if t and r is not None else r for r, t in zip(results, self._turned[k], strict=True)]
             for target, result in zip(targets, results):  # noqa: B905 (checked above, and strict costs more)
-                if target >= 0 and result is not None:
+                if result is None or target == -1:
+                    continue
+                if target >= 0:
                     earlier = cells[target]
                     cells[target] = result if earlier is None else earlier + result
+                else:
+                    earlier = self._left_out.get(-2 - target)
+                    self._left_out[-2 - target] = result if earlier is None else earlier + result
         self._next = len(formulas)
 
     def _take(self, outputs: list[int]) -> tuple[Tensor | None, ...] | None:

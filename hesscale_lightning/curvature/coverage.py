@@ -16,9 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hesscale_lightning.curvature.composite import Joiner
 from hesscale_lightning.curvature.engine import root_of, wanted_tensors
 from hesscale_lightning.curvature.graph import AccumulateGrad, Node, Trace, trace
-from hesscale_lightning.curvature.plan import Joiner
 from hesscale_lightning.curvature.registry import Operation, Rule, UnsupportedOperationError, find_rule, no_rule
 
 Status = Literal["exact", "approximate", "unsupported"]
@@ -192,7 +192,7 @@ def _entries(root: Node, found: Trace, outside: set[Node]) -> list[Entry]:
         if rule is not None and refusal is None and position not in absorbed and rule.partials and len(inputs) > 1:
             composite = joiner.ending_in(position)
             if composite is not None:
-                absorbed |= {member.position for member in composite.members}
+                absorbed |= composite.private
                 inputs = composite.sources
         makes_curvature = mixes = True
         if rule is not None and refusal is None:

@@ -13,12 +13,10 @@ f_ij u_i' u_j'``. The rule for the composite, ``h_x = F'^2 h + F'' g``, is exact
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hesscale_lightning.curvature.graph import Edge, Trace
 from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, PartialsRule, register_rule
 
 Factor = Tensor | float
@@ -38,8 +36,8 @@ def elementwise(
         names: Names of autograd nodes.
         curved: Whether any input's own second derivative ``f_ii`` can differ from zero.
         formula: A faster rule for the operation standing alone, where one is worth having.
-        reduces: Whether the entries may also be summed, as by a loss, so that a composite may end in the operation but not
-            pass it. The sum's factors belong to the partials.
+        reduces: Whether the entries may also be summed, as by a loss, so that a composite may end in the operation but
+            not pass it. The sum's factors belong to the partials.
     """
 
     def register(partials: PartialsRule) -> PartialsRule:
@@ -54,20 +52,20 @@ def _alone(op: Operation, partials_rule: PartialsRule) -> Formula:
     partials = partials_rule(op)
     inputs = [i for i, need in enumerate(op.needs) if need]
     count = len(op.needs)
-    fits = {i: _fit(op, i) for i in inputs} if count > 1 else None
+    fits = {i: fit_to_input(op, i) for i in inputs} if count > 1 else None
 
     def curve(g: Tensor | None, h: Tensor | None) -> Diagonals:
         first, second = partials(g is not None)
         results: list[Tensor | None] = [None] * count
         for i in inputs:
-            result = _rule(first[i], second.get((i, i)), g, h)
+            result = local_rule(first[i], second.get((i, i)), g, h)
             results[i] = result if fits is None or result is None else fits[i](result)
         return results
 
     return curve if op.curved else lambda h: curve(None, h)
 
 
-def _rule(first: Factor | None, second: Factor | None, g: Tensor | None, h: Tensor | None) -> Tensor | None:
+def local_rule(first: Factor | None, second: Factor | None, g: Tensor | None, h: Tensor | None) -> Tensor | None:
     """``first^2 h + second g``."""
     result = None
     if h is not None and first is not None:
@@ -83,7 +81,7 @@ def _rule(first: Factor | None, second: Factor | None, g: Tensor | None, h: Tens
     return result
 
 
-def _fit(op: Operation, i: int) -> Callable[[Tensor], Tensor]:
+def fit_to_input(op: Operation, i: int) -> Callable[[Tensor], Tensor]:
     """Brings a curvature of the output's shape and dtype to those of input ``i``."""
     shape = op.input_shape(i)
     dtype, _ = op.input_meta(i)
@@ -92,146 +90,7 @@ def _fit(op: Operation, i: int) -> Callable[[Tensor], Tensor]:
     return lambda x: (x if x.shape == shape else x.sum_to_size(shape)).to(dtype)
 
 
-class Member(NamedTuple):
-    """An operation in a composite: its position, rule, needs, and where each input comes from.
-
-    ``wiring`` holds for each input the place of another member, ``~s`` for source ``s``, or None for what is not
-    wanted.
-    """
-
-    position: int
-    partials: PartialsRule
-    needs: list[bool]
-    wiring: list[int | None]
-
-
-class Composite(NamedTuple):
-    """Elementwise operations joined into one, as positions in a trace: structure only.
-
-    Attributes:
-        members: The operations, inputs before outputs; the last is the meeting point.
-        sources: Where the paths start: edges into nodes outside.
-    """
-
-    members: list[Member]
-    sources: list[Edge]
-
-
-def find_composite(
-    found: Trace,
-    position: int,
-    partials: Callable[[int], PartialsRule | None],
-    consumers: Sequence[Sequence[int]],
-) -> Composite | None:
-    """The composite that ends in the node at ``position``, if paths from one tensor meet in it.
-
-    An operation is taken in when it is elementwise and everything that uses its result is already in.
-
-    Args:
-        found: The traced graph.
-        position: Position of the meeting point in ``found.nodes``.
-        partials: The partials of the node at a position; None if it is not elementwise or must stay outside.
-        consumers: For each position, the positions of the nodes that use it, one entry for each use.
-    """
-    nodes, index, edges = found.nodes, found.index, found.edges
-    taken = {position}
-    candidates = {index[child] for child, _, _ in edges[nodes[position]]} - {-1}
-    while candidates:
-        current = min(candidates)  # all that uses it comes before it, and has been decided
-        candidates.remove(current)
-        node = nodes[current]
-        plain = all(
-            user in taken and all(not (output or flip) for child, output, flip in edges[nodes[user]] if child is node)
-            for user in consumers[current]
-        )
-        if plain and partials(current) is not None:
-            taken.add(current)
-            candidates |= {index[child] for child, _, _ in edges[node]} - {-1}
-    members = _until_paths_have_met(found, sorted(taken))[::-1]
-    place = {member: k for k, member in enumerate(members)}
-    sources: dict[Edge, int] = {}
-    described = []
-    for member in members:
-        wiring: list[int | None] = []
-        for edge in edges[nodes[member]]:
-            below = index[edge[0]]
-            if below < 0:
-                wiring.append(None)
-            elif below in place:
-                wiring.append(place[below])
-            else:
-                wiring.append(~sources.setdefault(edge, len(sources)))
-        rule = partials(member)
-        assert rule is not None
-        described.append(Member(member, rule, [entry is not None for entry in wiring], wiring))
-    return Composite(described, list(sources)) if members else None
-
-
-def _until_paths_have_met(found: Trace, taken: Sequence[int]) -> list[int]:
-    """The upper part of ``taken`` that is worth joining: down to the one tensor where all paths have met; else all.
-
-    Returns nothing if no two paths meet.
-    """
-    nodes, index, edges = found.nodes, found.index, found.edges
-    open_ends: set[Edge] = set()
-    met = False
-    for k, member in enumerate(taken):
-        open_ends -= {edge for edge in open_ends if index[edge[0]] == member}
-        for edge in edges[nodes[member]]:
-            if index[edge[0]] >= 0:
-                met = met or edge in open_ends
-                open_ends.add(edge)
-        if met and len(open_ends) == 1:
-            return list(taken[: k + 1])
-    return list(taken) if met else []
-
-
-def composite_formula(composite: Composite, operations: Sequence[Operation]) -> Formula:
-    """The formula of a composite; its results are in the order of ``composite.sources``.
-
-    Args:
-        composite: What to join.
-        operations: The members' operations, in their order.
-    """
-    members, count = composite.members, len(composite.sources)
-    all_partials = [member.partials(op) for member, op in zip(members, operations, strict=True)]
-    fits: list[Callable[[Tensor], Tensor] | None] = [None] * count
-    for member, op in zip(members, operations, strict=True):
-        for i, entry in enumerate(member.wiring):
-            if entry is not None and entry < 0 and fits[~entry] is None:
-                fits[~entry] = _fit(op, i)
-
-    def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
-        dtype = (g if g is not None else h).dtype  # type: ignore[union-attr]
-        partials = [_without_masks(*member(g is not None), dtype) for member in all_partials]
-        results: list[Tensor | None] = []
-        for source, fit in enumerate(fits):
-            derivatives: list[tuple[Factor | None, Factor | None]] = []
-            for (first, second), member in zip(partials, members, strict=True):
-                below: list[tuple[Factor | None, Factor | None]] = [
-                    (None, None)
-                    if entry is None or (entry < 0 and entry != ~source)
-                    else (1.0, None)
-                    if entry < 0
-                    else derivatives[entry]
-                    for entry in member.wiring
-                ]
-                derivatives.append(_chain(first, second, below))
-            result = _rule(*derivatives[-1], g, h)
-            results.append(result if result is None or fit is None else fit(result))
-        return results
-
-    return formula
-
-
-def _without_masks(
-    first: Sequence[Factor | None], second: Mapping[tuple[int, int], Factor], dtype: torch.dtype
-) -> tuple[Sequence[Factor | None], Mapping[tuple[int, int], Factor]]:
-    """Masks as numbers: the sum of two masks would be another mask, and a number times a mask is float32."""
-    return [f.to(dtype) if isinstance(f, Tensor) and f.dtype is torch.bool else f for f in first], second
-
-
-def _chain(
+def chain(
     first: Sequence[Factor | None],
     second: Mapping[tuple[int, int], Factor],
     inputs: Sequence[tuple[Factor | None, Factor | None]],
@@ -258,3 +117,10 @@ def _times(a: Factor | None, b: Factor | None) -> Factor | None:
 
 def _plus(a: Factor | None, b: Factor | None) -> Factor | None:
     return b if a is None else a if b is None else a + b
+
+
+def without_masks(
+    first: Sequence[Factor | None], second: Mapping[tuple[int, int], Factor], dtype: torch.dtype
+) -> tuple[Sequence[Factor | None], Mapping[tuple[int, int], Factor]]:
+    """Masks as numbers: the sum of two masks would be another mask, and a number times a mask is float32."""
+    return [f.to(dtype) if isinstance(f, Tensor) and f.dtype is torch.bool else f for f in first], second

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import GraphExecGroup
 
 from hesscale_lightning.curvature.attachment import AWAITED, PLAIN, Attachment, on_gate, on_sweep
-from hesscale_lightning.curvature.elementwise import Composite, composite_formula
+from hesscale_lightning.curvature.composite import Composite, composite_formula
 from hesscale_lightning.curvature.graph import Node, trace
 from hesscale_lightning.curvature.plan import Output, Plan, PlanCache, make_plan, refuse_hidden_parameters
 from hesscale_lightning.curvature.registry import Formula, Operation
@@ -95,6 +95,12 @@ def attach(loss: Tensor, params: Iterable[Tensor] | None = None, *, method: Meth
     try:
         with _recomputing_once():
             hooks = _arm(attachment, plan, nodes, following, inner, method)
+        if hooks is None:  # an operation works along another dimension than when the plan was made
+            found = trace(root, wanted, inner)
+            plan = make_plan(root, found, list(inner), method, rowwise=False)
+            following = [node.next_functions for node in found.nodes]
+            hooks = _arm(attachment, plan, found.nodes, following, inner, method)
+            assert hooks is not None
     except RuntimeError as error:
         if "through the graph a second time" in str(error):
             raise RuntimeError(
@@ -204,14 +210,20 @@ def _arm(
     following: list[Any],
     inner: dict[Output, Tensor],
     method: str,
-) -> list[tuple[Node, Callable[..., None]]]:
-    """Lets the rules take what they need from this graph's nodes, and returns which nodes to hook with what."""
+) -> list[tuple[Node, Callable[..., None]]] | None:
+    """Lets the rules take what they need from this graph's nodes, and returns which nodes to hook with what.
+
+    None if the plan does not fit after all.
+    """
     formulas: list[Formula | None] = []
     gradients: list[Any] = []
     awaited: list[int] = []
     for k, (cell, rule, composite, needs, flips, turns, _, _, inside) in enumerate(plan.steps):
         if composite is not None:
-            formulas.append(_join(composite, nodes, following, method))
+            joined = _join(composite, nodes, following, method)
+            if joined is None:
+                return None
+            formulas.append(joined)
             curved = True
             if turns:
                 attachment._turned[k] = flips
@@ -264,7 +276,7 @@ def _recomputing_once() -> contextlib.AbstractContextManager[Any]:
     return GraphExecGroup() if torch._C._get_graph_exec_group() is None else contextlib.nullcontext()
 
 
-def _join(composite: Composite, nodes: list[Node], following: list[Any], method: str) -> Formula:
+def _join(composite: Composite, nodes: list[Node], following: list[Any], method: str) -> Formula | None:
     operations = [
         Operation(nodes[m.position], following[m.position], m.needs, [False] * len(m.needs), method, True)
         for m in composite.members

@@ -165,10 +165,12 @@ def follow(route: Route, root: Node, leaves: Container[int] | None) -> tuple[lis
                 return None
             known = nodes[target]
             if known is None:
-                if type(child) is not kind or (
-                    kind is AccumulateGrad and (leaves is None or id(child.variable) in leaves) is not (target < wanted)
-                ):
+                if type(child) is not kind:
                     return None
+                if kind is AccumulateGrad:
+                    variable = child.variable
+                    if (leaves is None or id(variable) in leaves) is not (target < wanted) or variable.is_complex():
+                        return None  # to plan for a complex leaf is an error
                 nodes[target] = child
             elif known is not child:
                 return None

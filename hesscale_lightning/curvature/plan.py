@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Any, NamedTuple
 
-from hesscale_lightning.curvature.elementwise import Composite, find_composite
+from hesscale_lightning.curvature.composite import Composite, Joiner
 from hesscale_lightning.curvature.graph import AccumulateGrad, Node, Route, Trace, follow, route_of
-from hesscale_lightning.curvature.registry import PartialsRule, Rule, find_rule, no_rule, on_registration
+from hesscale_lightning.curvature.registry import Rule, find_rule, no_rule, on_registration
 
 Output = tuple[Node, int]  # a node and the number of one of its outputs
 
@@ -26,7 +26,8 @@ class Step(NamedTuple):
         needs: For each input, whether it is wanted.
         transposed: For each input, whether it is the transpose of the tensor that receives the curvature.
         turns: Whether any input is.
-        targets: For each input, the cell that its curvature is added to; -1 if not wanted.
+        targets: For each input, the cell that its curvature is added to; -1 if not wanted; ``-2 - cell`` for a part of
+            the gradient that is to be left out at another step.
         outputs: The cells of all its outputs, for a rule of several.
         inside: Whether a parameterised operation lies between it and the loss, where that matters.
     """
@@ -75,7 +76,7 @@ def refuse_hidden_parameters(root: Node, found: Trace) -> None:
             raise no_rule(root, node)
 
 
-def make_plan(root: Node, found: Trace, goals: list[Output], method: str) -> Plan:
+def make_plan(root: Node, found: Trace, goals: list[Output], method: str, rowwise: bool = True) -> Plan:
     """Plans for the structure of ``found``.
 
     Args:
@@ -83,6 +84,7 @@ def make_plan(root: Node, found: Trace, goals: list[Output], method: str) -> Pla
         found: The traced graph, which leads to at least one wanted tensor.
         goals: Wanted outputs of nodes, for tensors that are no leaves.
         method: As for ``attach``.
+        rowwise: Whether operations along the last dimension may be joined.
 
     Raises:
         UnsupportedOperationError: An operation has no rule.
@@ -91,7 +93,7 @@ def make_plan(root: Node, found: Trace, goals: list[Output], method: str) -> Pla
     nodes, index, edges = found.nodes, found.index, found.edges
     rules = [None if type(node) is AccumulateGrad else _rule_for(root, node) for node in nodes]
     inside = _inside_network(found, rules) if method == "hesscale_gn" else [False] * len(nodes)
-    joiner = Joiner(found, rules, inside, {node for node, _ in goals})
+    joiner = Joiner(found, rules, inside, {node for node, _ in goals}, rowwise)
     beyond: dict[tuple[int, int], int] = {}
     size = len(nodes)
 
@@ -114,15 +116,17 @@ def make_plan(root: Node, found: Trace, goals: list[Output], method: str) -> Pla
         needs = [index[child] >= 0 for child, _, _ in inputs]
         composite = joiner.ending_in(position) if rule.partials is not None and needs.count(True) > 1 else None
         if composite is not None:
-            absorbed |= {member.position for member in composite.members}
+            absorbed |= composite.private
             inputs = composite.sources
         targets = [cell_of(index[child], output) for child, output, _ in inputs]
+        if composite is not None:  # the gradients that it sends to shared members
+            targets += [-2 - composite.members[place].position for place in composite.shared]
         outputs = None
         if rule.multi_output:
             outputs = [cell_of(position, k) for k in range(len(node._input_metadata))]
         elif any(owner == position for owner, _ in beyond):
             raise no_rule(root, node, "its rule covers the first output only, and another output is used here")
-        flips = [flip for _, _, flip in inputs]
+        flips = [flip for _, _, flip in inputs] + [False] * (len(targets) - len(inputs))
         steps.append(Step(position, rule, composite, needs, flips, True in flips, targets, outputs, inside[position]))
         if len(steps) == narrow + 2 and (narrow < 0 or _single(steps[narrow])):
             narrow += 1
@@ -159,39 +163,6 @@ def _inside_network(found: Trace, rules: list[Rule | None]) -> list[bool]:
             for child in below[position]:
                 inside[child] = True
     return inside
-
-
-class Joiner:
-    """Finds the elementwise operations of a graph that are carried together; see :mod:`.elementwise`."""
-
-    def __init__(self, found: Trace, rules: list[Rule | None], inside: list[bool], outside: set[Node]) -> None:
-        self._found = found
-        self._rules = rules
-        self._inside = inside
-        self._outside = outside
-        self._consumers: list[list[int]] | None = None
-
-    def ending_in(self, position: int) -> Composite | None:
-        """The composite in which paths meet at the node at ``position``, or None."""
-        nodes, index, edges = self._found.nodes, self._found.index, self._found.edges
-
-        def partials(below: int) -> PartialsRule | None:
-            rule = self._rules[below]
-            # Gauss-Newton keeps or drops the second derivative of a composite as a whole.
-            if rule is None or (below != position and (rule.reduces or nodes[below] in self._outside)):
-                return None
-            return rule.partials if self._inside[below] == self._inside[position] else None
-
-        inputs = [edge for edge in edges[nodes[position]] if index[edge[0]] >= 0]
-        if len(set(inputs)) == len(inputs) and not any(partials(index[child]) for child, _, _ in inputs):
-            return None
-        if self._consumers is None:
-            self._consumers = [[] for _ in nodes]
-            for user, node in enumerate(nodes):
-                for child, _, _ in edges[node]:
-                    if index[child] >= 0:
-                        self._consumers[index[child]].append(user)
-        return find_composite(self._found, position, partials, self._consumers)
 
 
 class PlanCache:

@@ -17,6 +17,7 @@ from hesscale_lightning.curvature.rules import (
     pooling,
     recurrent,
     reduction,
+    row_wise,
     selection,
     shape,
     softmax,

@@ -1,0 +1,428 @@
+"""Which operations are carried together because paths from one tensor meet in them.
+
+Carrying curvature down each of two meeting paths by itself would lose the cross term. So, visiting the graph from the
+loss downwards, an elementwise operation (see :mod:`.elementwise`) with two wanted inputs may end a *composite*:
+
+1. It takes in the operations below that are elementwise or along the last dimension (see :mod:`.rows`), as long as
+   nothing outside the composite uses their result and no ``t()`` lies in between. If two paths meet in what was taken
+   in, it is joined, down to the one tensor where all paths have met, or all of it.
+2. If no paths meet there, they may meet below operations whose results others use as well. Elementwise operations of
+   that kind are then joined too, but only those on the way to a meeting.
+3. A composite that mixes the entries of a row leaves a Hessian at its sources that is not diagonal. That does not
+   matter above a linear layer, where HesScale approximates anyway, but it does above another mixing operation: an
+   entropy stands on normalised logits, and these on the network's output. So the composite reaches on through that
+   operation, and through elementwise ones before it, whether others use their results or not.
+
+Members whose results others use are *shared*: they are carried on their own as well, with the curvature that the others
+bring and with their part of the gradient, which is the whole less what the composite sends there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hesscale_lightning.curvature import rows
+from hesscale_lightning.curvature.elementwise import Factor, chain, fit_to_input, local_rule, without_masks
+from hesscale_lightning.curvature.graph import Edge, Node, Trace
+from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, Partials, PartialsRule, Rule
+
+_MOST_MEMBERS = 64  # a composite is meant to be a head or a norm, not a network
+
+
+class Member(NamedTuple):
+    """An operation in a composite: its position, needs, and where each input comes from.
+
+    ``wiring`` holds for each input the place of another member, ``~s`` for source ``s``, or None for what is not
+    wanted. An elementwise operation has ``partials``, one along the last dimension has none. ``flat`` says that its
+    output has lost the last dimension.
+    """
+
+    position: int
+    partials: PartialsRule | None
+    needs: list[bool]
+    wiring: list[int | None]
+    flat: bool
+
+
+class Composite(NamedTuple):
+    """Operations joined into one, as positions in a trace: structure only.
+
+    Attributes:
+        members: The operations, inputs before outputs; the last is the meeting point.
+        sources: Where the paths start: edges into nodes outside.
+        private: Positions of the members that need not be carried on their own as well.
+        shared: Places of the members that do.
+        flat_sources: For each source, whether it has no entries along the last dimension.
+    """
+
+    members: list[Member]
+    sources: list[Edge]
+    private: set[int]
+    shared: list[int]
+    flat_sources: list[bool]
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether some member works along the last dimension."""
+        return any(member.partials is None for member in self.members)
+
+
+class Joiner:
+    """Finds the composites of one graph.
+
+    Args:
+        found: The traced graph.
+        rules: The rule of each node; None for leaves.
+        inside: Whether each node lies inside the network: Gauss-Newton keeps or drops a composite's second derivative
+            as a whole.
+        outside: Nodes that must be carried on their own, because their outputs are wanted.
+        rowwise: Whether operations along the last dimension may be joined.
+    """
+
+    def __init__(
+        self,
+        found: Trace,
+        rules: Sequence[Rule | None],
+        inside: Sequence[bool],
+        outside: set[Node],
+        rowwise: bool = True,
+    ) -> None:
+        self._found = found
+        self._rules = rules
+        self._inside = inside
+        self._outside = outside
+        self._rowwise = rowwise
+        self._consumers: list[list[int]] = []
+        self._below = [
+            [index for child, _, _ in found.edges[node] if (index := found.index[child]) >= 0] for node in found.nodes
+        ]
+
+    def ending_in(self, position: int) -> Composite | None:
+        """The composite in which paths meet at the node at ``position``, or None."""
+        rule = self._rules[position]
+        below = self._below[position]
+        if rule is None or rule.partials is None or len(below) < 2:
+            return None
+        if len(set(below)) == len(below) and not any(self._joins(child, position) for child in below):
+            return None
+        if not self._consumers:
+            self._consumers = [[] for _ in self._below]
+            for user, children in enumerate(self._below):
+                for child in children:
+                    self._consumers[child].append(user)
+        if self._rowwise and not rule.reduces:
+            taken = self._meeting(position, self._joins)
+            if any(self._is_row(member) for member in taken):
+                composite = self._described(self._through_mixing(taken, position), position)
+                if composite is not None:
+                    return composite
+        taken = self._meeting(position, self._is_elementwise) or self._meeting_of_shared(position)
+        return self._described(taken, position) if taken else None
+
+    # -- what may be joined
+
+    def _joins(self, position: int, end: int) -> bool:
+        return self._is_elementwise(position, end) or (
+            self._rowwise and self._is_eligible(position, end) and self._is_row(position)
+        )
+
+    def _is_elementwise(self, position: int, end: int) -> bool:
+        rule = self._rules[position]
+        return self._is_eligible(position, end) and rule is not None and rule.partials is not None and not rule.reduces
+
+    def _is_eligible(self, position: int, end: int) -> bool:
+        if self._rules[position] is None or self._found.nodes[position] in self._outside:
+            return False
+        return self._inside[position] == self._inside[end]
+
+    def _is_row(self, position: int) -> bool:
+        return self._row(position) is not None
+
+    def _row(self, position: int) -> rows.RowOperation | None:
+        rule = self._rules[position]
+        row_rule = None if rule is None else rows.find_row_rule(rule.name)
+        if row_rule is None or rule is None:
+            return None
+        node = self._found.nodes[position]
+        needs = [self._found.index[child] >= 0 for child, _, _ in self._found.edges[node]]
+        return row_rule(Operation(node, node.next_functions, needs, [False] * len(needs), "hesscale", rule.curved))
+
+    def _mixes(self, position: int) -> bool:
+        row = self._row(position)
+        return row is not None and row.mixes
+
+    # -- how far a composite reaches
+
+    def _meeting(self, position: int, joins: Callable[[int, int], bool]) -> list[int]:
+        """Positions of a composite's private members, the meeting point first; empty if no paths meet."""
+        nodes, edges = self._found.nodes, self._found.edges
+        taken = {position}
+        candidates = set(self._below[position])
+        while candidates and len(taken) < _MOST_MEMBERS:
+            current = min(candidates)  # all that uses it comes before it, and has been decided
+            candidates.remove(current)
+            if (
+                all(user in taken for user in self._consumers[current])
+                and self._is_plain(current)
+                and joins(current, position)
+            ):
+                taken.add(current)
+                candidates |= set(self._below[current])
+        # Down to the one tensor where all paths have met; else all of it.
+        ordered = sorted(taken)
+        open_ends: set[Edge] = set()
+        met = False
+        for k, member in enumerate(ordered):
+            open_ends -= {edge for edge in open_ends if self._found.index[edge[0]] == member}
+            for edge in edges[nodes[member]]:
+                if self._found.index[edge[0]] >= 0:
+                    met = met or edge in open_ends
+                    open_ends.add(edge)
+            if met and len(open_ends) == 1:
+                return ordered[: k + 1]
+        return ordered if met else []
+
+    def _meeting_of_shared(self, position: int) -> list[int]:
+        """As :meth:`_meeting`, of elementwise operations whose results others may use; only those on the way."""
+        taken = [position]
+        uses: dict[int, int] = {}
+        for current in taken:
+            for child in self._below[current]:
+                uses[child] = uses.get(child, 0) + 1
+                if child in taken or not self._is_elementwise(child, position) or not self._is_plain(child):
+                    continue
+                if len(taken) == _MOST_MEMBERS:
+                    return []
+                taken.append(child)
+        # A member is on the way if some tensor where paths meet lies below it.
+        leads: set[int] = set()
+        for member in sorted(taken, reverse=True):
+            if any(uses[child] > 1 or child in leads for child in self._below[member]):
+                leads.add(member)
+        return sorted(leads) if position in leads else []
+
+    def _is_plain(self, position: int) -> bool:
+        """Whether the node's first output is used as it is, and no other."""
+        node = self._found.nodes[position]
+        return not any(
+            output or flip
+            for user in self._consumers[position]
+            for child, output, flip in self._found.edges[self._found.nodes[user]]
+            if child is node
+        )
+
+    def _through_mixing(self, taken: list[int], end: int) -> list[int]:
+        """``taken``, and the mixing operations that its sources come from."""
+        members = set(taken)
+        waiting = {child for member in members for child in self._below[member]} - members
+        while waiting and len(members) < _MOST_MEMBERS:
+            chain_below = self._mixing_below(waiting.pop(), end)
+            members |= chain_below
+            waiting |= {child for member in chain_below for child in self._below[member]} - members
+        return sorted(members)
+
+    def _mixing_below(self, position: int, end: int) -> set[int]:
+        """The operations from ``position`` down to and including the next mixing one; none if there is none."""
+        passed: set[int] = set()
+        while self._joins(position, end) and self._is_plain(position):
+            passed.add(position)
+            if self._mixes(position):
+                return passed
+            below = self._below[position]
+            if len(below) > 1:
+                composite = self.ending_in(position)
+                if composite is None or not composite.rowwise:
+                    return set()
+                return passed | {member.position for member in composite.members}
+            position = below[0]
+        return set()
+
+    # -- its description
+
+    def _described(self, taken: list[int], end: int) -> Composite | None:
+        nodes, index, edges = self._found.nodes, self._found.index, self._found.edges
+        members = taken[::-1]
+        place = {member: k for k, member in enumerate(members)}
+        sources: dict[Edge, int] = {}
+        flat_sources: list[bool] = []
+        described: list[Member] = []
+        for position in members:
+            rule = self._rules[position]
+            assert rule is not None
+            wiring: list[int | None] = []
+            for edge in edges[nodes[position]]:
+                below = index[edge[0]]
+                if below < 0:
+                    wiring.append(None)
+                elif below in place:
+                    wiring.append(place[below])
+                else:
+                    if edge not in sources:
+                        sources[edge] = len(sources)
+                        flat_sources.append(False)
+                    wiring.append(~sources[edge])
+            row = None if rule.partials is not None else self._row(position)
+            inner = {described[entry].flat for entry in wiring if entry is not None and entry >= 0}
+            if len(inner) > 1:
+                return None  # a tensor with a last dimension beside one without: they would not line up
+            flat = inner.pop() if inner else False
+            if row is not None:
+                if flat and row.flat is not False:
+                    return None  # a reduction over another dimension than the rows'
+                flat = flat if row.flat is None else row.flat
+            else:
+                for entry in wiring:
+                    if flat and entry is not None and entry < 0:
+                        flat_sources[~entry] = True
+            described.append(Member(position, rule.partials, [e is not None for e in wiring], wiring, flat))
+        private = {end}
+        for position in taken[1:]:
+            if all(user in private for user in self._consumers[position]):
+                private.add(position)
+        shared = [place[position] for position in taken if position not in private]
+        return Composite(described, list(sources), private, shared, flat_sources)
+
+
+def composite_formula(composite: Composite, operations: Sequence[Operation]) -> Formula | None:
+    """The formula of a composite; its results are in the order of ``composite.sources``, then of ``composite.shared``.
+
+    The former are curvatures, the latter the gradients that the composite sends to its shared members.
+
+    Args:
+        composite: What to join.
+        operations: The members' operations, in their order.
+
+    Returns:
+        None if an operation is no longer along the last dimension, which a plan cannot know.
+    """
+    if composite.rowwise:
+        return _row_formula(composite, operations)
+    members, count = composite.members, len(composite.sources)
+    all_partials = [member.partials(op) for member, op in zip(members, operations, strict=True) if member.partials]
+    fits = _fits(composite, operations)
+    shapes = {place: operations[place].output_shape() for place in composite.shared}
+
+    def carried(start: int, partials: Sequence[Partials]) -> tuple[Factor | None, Factor | None]:
+        """The meeting point's derivatives by source ``s``, as ``~s``, or by the member at a place."""
+        derivatives: list[tuple[Factor | None, Factor | None]] = []
+        for place, ((first, second), member) in enumerate(zip(partials, members, strict=True)):
+            if place == start:
+                derivatives.append((1.0, None))
+                continue
+            below = [
+                (None, None)
+                if entry is None
+                else derivatives[entry]
+                if entry >= 0
+                else (1.0 if entry == start else None, None)
+                for entry in member.wiring
+            ]
+            derivatives.append(chain(first, second, below))
+        return derivatives[-1]
+
+    def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
+        dtype = (g if g is not None else h).dtype  # type: ignore[union-attr]
+        partials = [without_masks(*member(g is not None), dtype) for member in all_partials]
+        results: list[Tensor | None] = []
+        for source in range(count):
+            result = local_rule(*carried(~source, partials), g, h)
+            results.append(None if result is None else fits[source](result))
+        for place in composite.shared:
+            slope = carried(place, partials)[0]
+            results.append(None if g is None or slope is None else (g * slope).sum_to_size(shapes[place]))
+        return results
+
+    return formula
+
+
+def _fits(composite: Composite, operations: Sequence[Operation]) -> list[Callable[[Tensor], Tensor]]:
+    """For each source, what brings a curvature to its shape and dtype."""
+    fits: dict[int, Callable[[Tensor], Tensor]] = {}
+    for member, op in zip(composite.members, operations, strict=True):
+        for i, entry in enumerate(member.wiring):
+            if entry is not None and entry < 0 and ~entry not in fits:
+                fits[~entry] = fit_to_input(op, i)
+    return [fits[source] for source in range(len(composite.sources))]
+
+
+def _row_formula(composite: Composite, operations: Sequence[Operation]) -> Formula | None:
+    members = composite.members
+    steps: list[tuple[Callable[..., object], bool]] = []
+    shapes: dict[int, torch.Size] = {}
+    width = 1
+    for member, op in zip(members, operations, strict=True):
+        for i, entry in enumerate(member.wiring):
+            if entry is not None and entry < 0:
+                shapes[~entry] = op.input_shape(i)
+        if member.partials is not None:
+            steps.append((member.partials(op), member.flat))
+            continue
+        rule = rows.find_row_rule(op.node.name())
+        row = rule(op) if rule is not None else None
+        if row is None or (row.flat is not None and row.flat is not member.flat):
+            return None
+        steps.append((row.apply, member.flat))
+        shape = op.input_shape(0)
+        if len(shape):
+            width = max(width, shape[-1])
+    fits = _fits(composite, operations)
+
+    def carried(start: rows.Taylor, at: int | None, source: int | None, partials: list[object]) -> rows.Taylor:
+        """The meeting point's derivatives by a source, or by the shared member at a place."""
+        taylors: list[rows.Taylor | None] = []
+        for k, (member, (apply, flat)) in enumerate(zip(members, steps, strict=True)):
+            if k == at:
+                taylors.append(start)
+                continue
+            inputs = [
+                None
+                if entry is None
+                else taylors[entry]
+                if entry >= 0
+                else start
+                if source is not None and entry == ~source
+                else None
+                for entry in member.wiring
+            ]
+            if all(u is None for u in inputs):
+                taylors.append(None)
+            elif member.partials is not None:
+                taylors.append(rows.elementwise_taylor(partials[k], inputs, flat))  # type: ignore[arg-type]
+            else:
+                taylors.append(apply(inputs[0]))  # type: ignore[arg-type]
+        result = taylors[-1]
+        assert result is not None
+        return result
+
+    end_flat = members[-1].flat
+
+    def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
+        partials = [
+            apply(g is not None) if m.partials is not None else None
+            for m, (apply, _) in zip(members, steps, strict=True)
+        ]
+        if end_flat:
+            g, h = (None if t is None else t.unsqueeze(-1) for t in (g, h))
+        results: list[Tensor | None] = []
+        for source, flat in enumerate(composite.flat_sources):
+            taylor = carried(rows.source(shapes[source], width, flat), None, source, partials)
+            total = rows.curvature(taylor, g, h, width)
+            assert isinstance(total, Tensor)
+            results.append(fits[source](total.squeeze(-1) if flat else total))
+        for place in composite.shared:
+            if g is None:
+                results.append(None)
+                continue
+            member, op = members[place], operations[place]
+            shape = op.output_shape()
+            taylor = carried(rows.source(shape, width, member.flat), place, None, partials)
+            sent = rows.pulled(taylor.first, g, width)
+            assert isinstance(sent, Tensor)
+            results.append((sent.squeeze(-1) if member.flat else sent).sum_to_size(shape))
+        return results
+
+    return formula

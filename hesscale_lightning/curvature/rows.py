@@ -1,0 +1,199 @@
+"""Operations along the last dimension, joined where paths meet: softmax and log-softmax by hand, entropies, norms.
+
+In ``x - logsumexp(x)`` or ``x * rsqrt(mean(x^2))`` every output of a row depends on every input of that row, so the
+paths that meet cannot be joined entry by entry. But the derivatives keep a simple form. For any tensor ``v`` in
+between, with entries ``v_j`` in the row of ``x_k``,
+
+    dv_j / dx_k = delta_jk a_k + sum_m b^m_j c^m_k        and        d2v_j / dx_k^2   alike,
+
+a diagonal plus a few products. Elementwise functions scale the rows and multiply such sums; a reduction over the row
+turns them into one product with ``b = 1``. So the derivatives of the whole are carried forward from each source at
+linear cost, and the rule for the composite, ``h_x = sum_j h_j (dv_j/dx)^2 + g_j d2v_j/dx^2``, is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hesscale_lightning.curvature.registry import Operation, Partials
+
+Factor = Tensor | float
+
+
+class Terms(NamedTuple):
+    """``delta_jk a_k + sum_m b^m_j c^m_k``: ``diagonal`` is a (None: 0), ``products`` the pairs (b, c).
+
+    The last dimension of a and c runs over k, that of b over j; where it is 1, or for a number, all entries are alike.
+    """
+
+    diagonal: Factor | None
+    products: tuple[tuple[Factor, Factor], ...]
+
+
+class Taylor(NamedTuple):
+    """First and second derivatives of a tensor by one source; the second may be left out."""
+
+    first: Terms
+    second: Terms
+
+
+class RowOperation(NamedTuple):
+    """How an operation along the last dimension carries derivatives.
+
+    Attributes:
+        apply: From its input's derivatives to its output's.
+        flat: Whether the output has lost the last dimension; None: as the input.
+        mixes: Whether an output depends on several inputs.
+    """
+
+    apply: Callable[[Taylor], Taylor]
+    flat: bool | None
+    mixes: bool
+
+
+#: Returns None for a use that is not along the last dimension.
+RowRule = Callable[[Operation], RowOperation | None]
+_row_rules: dict[str, RowRule] = {}
+
+
+def row_wise(*names: str) -> Callable[[RowRule], RowRule]:
+    """Registers what an operation along the last dimension does to derivatives, beside its ordinary rule."""
+
+    def register(rule: RowRule) -> RowRule:
+        _row_rules.update(dict.fromkeys(names, rule))
+        return rule
+
+    return register
+
+
+def find_row_rule(name: str) -> RowRule | None:
+    """The row rule of a node's name, or None."""
+    return _row_rules.get(name)
+
+
+# -- the algebra of such sums ----------------------------------------------------------------------------------------
+
+ZERO = Terms(None, ())
+
+
+def plus(*terms: Terms) -> Terms:
+    """Sum."""
+    diagonal: Factor | None = None
+    for term in terms:
+        if term.diagonal is not None:
+            diagonal = term.diagonal if diagonal is None else diagonal + term.diagonal
+    return Terms(diagonal, tuple(product for term in terms for product in term.products))
+
+
+def scaled(terms: Terms, factor: Factor) -> Terms:
+    """Row ``j`` times ``factor_j``."""
+    diagonal = None if terms.diagonal is None else terms.diagonal * factor
+    return Terms(diagonal, tuple((b * factor, c) for b, c in terms.products))
+
+
+def times(p: Terms, q: Terms) -> Terms:
+    """Entry by entry."""
+    diagonal: Factor | None = None
+    for left, right in ((p, q), (q, p)):
+        if left.diagonal is not None:
+            for b, c in right.products:
+                term = left.diagonal * b * c
+                diagonal = term if diagonal is None else diagonal + term
+    if p.diagonal is not None and q.diagonal is not None:
+        term = p.diagonal * q.diagonal
+        diagonal = term if diagonal is None else diagonal + term
+    products = tuple((b * e, c * f) for b, c in p.products for e, f in q.products)
+    return Terms(diagonal, products)
+
+
+def summed(terms: Terms, width: int, weights: Factor = 1.0) -> Terms:
+    """``sum_j weights_j (...)``, alike for all ``j``."""
+    total: Factor | None = None if terms.diagonal is None else terms.diagonal * weights
+    for b, c in terms.products:
+        term = _row_sum(b * weights, width) * c
+        total = term if total is None else total + term
+    return ZERO if total is None else Terms(None, ((1.0, total),))
+
+
+def _row_sum(x: Factor, width: int) -> Factor:
+    if isinstance(x, Tensor) and x.dim() and x.shape[-1] == width:
+        return x.sum(-1, keepdim=True)
+    return x * width
+
+
+def composed(
+    first: Sequence[Factor | None], second: dict[tuple[int, int], Factor], inputs: Sequence[Taylor | None]
+) -> Taylor:
+    """An elementwise function of several tensors, by its partials."""
+    once = [ZERO if u is None or f is None else scaled(u.first, f) for f, u in zip(first, inputs, strict=False)]
+    twice = [ZERO if u is None or f is None else scaled(u.second, f) for f, u in zip(first, inputs, strict=False)]
+    for (i, j), f in second.items():
+        u, v = inputs[i], inputs[j]
+        if u is not None and v is not None:
+            twice.append(scaled(times(u.first, v.first), f if i == j else 2 * f))
+    return Taylor(plus(*once), plus(*twice))
+
+
+def through_logsumexp(u: Taylor, p: Factor, width: int) -> Taylor:
+    """``L = log sum_j exp u_j`` with ``p = softmax(u)``: ``L' = sum p u'``, ``L'' = sum p (u'' + u'^2) - L'^2``."""
+    first = summed(u.first, width, p)
+    curve = plus(summed(u.second, width, p), summed(times(u.first, u.first), width, p))
+    return Taylor(first, plus(curve, scaled(times(first, first), -1.0)))
+
+
+def through_log_softmax(u: Taylor, p: Factor, width: int) -> Taylor:
+    """``w = u - L``."""
+    total = through_logsumexp(u, p, width)
+    return Taylor(plus(u.first, scaled(total.first, -1.0)), plus(u.second, scaled(total.second, -1.0)))
+
+
+def through_softmax(u: Taylor, p: Factor, width: int) -> Taylor:
+    """``p = exp(w)``: ``p' = p w'``, ``p'' = p (w'' + w'^2)``."""
+    w = through_log_softmax(u, p, width)
+    return Taylor(scaled(w.first, p), scaled(plus(w.second, times(w.first, w.first)), p))
+
+
+def source(shape: torch.Size, width: int, flat: bool) -> Taylor:
+    """The derivatives of a source by itself."""
+    whole_row = not flat and len(shape) > 0 and shape[-1] == width
+    return Taylor(Terms(1.0, ()) if whole_row else Terms(None, ((1.0, 1.0),)), ZERO)
+
+
+def curvature(taylor: Taylor, g: Tensor | None, h: Tensor | None, width: int) -> Factor:
+    """``sum_j h_j (dv_j/dx_k)^2 + g_j d2v_j/dx_k^2``."""
+    total: Factor = 0.0
+    if h is not None:
+        total = pulled(times(taylor.first, taylor.first), h, width)
+    if g is not None:
+        total = total + pulled(taylor.second, g, width)
+    return total
+
+
+def pulled(terms: Terms, weights: Tensor, width: int) -> Factor:
+    """``sum_j weights_j (...)`` by ``k``."""
+    total: Factor = 0.0 if terms.diagonal is None else weights * terms.diagonal
+    for b, c in terms.products:
+        product = weights * b
+        total = total + (product.sum(-1, keepdim=True) if product.shape[-1] > 1 else product) * c
+    return total
+
+
+def elementwise_taylor(partials: Partials, inputs: Sequence[Taylor | None], flat: bool) -> Taylor:
+    """Applies partials to derivatives; the factors of a flat operation get the last dimension back."""
+
+    def lifted(f: Factor | None) -> Factor | None:
+        if not isinstance(f, Tensor):
+            return f
+        f = f.to(torch.get_default_dtype()) if f.dtype is torch.bool else f
+        return f.unsqueeze(-1) if flat else f
+
+    first, second = partials
+    return composed(
+        [lifted(f) for f in first],
+        {k: f for k, f in ((k, lifted(f)) for k, f in second.items()) if f is not None},
+        inputs,
+    )
