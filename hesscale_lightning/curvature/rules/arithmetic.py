@@ -177,9 +177,9 @@ def extremum(op: Operation) -> PartialsFunction:
     a, b, name = op.node._saved_self, op.node._saved_other, op.node.name()
 
     def partials(_: bool) -> Partials:
-        share = torch.where(a == b, 0.5, (a > b if name == "MaximumBackward0" else a < b).to(torch.float32))
-        share = share.to(full(a).dtype)
-        return (share, 1 - share), {}
+        less, more = (a < b, a > b) if name == "MaximumBackward0" else (a > b, a < b)
+        half = (a == b).to(full(a).dtype).mul_(0.5)
+        return ((1 - half).masked_fill_(less, 0), (1 - half).masked_fill_(more, 0)), {}
 
     return partials
 

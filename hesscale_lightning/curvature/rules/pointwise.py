@@ -41,6 +41,8 @@ def unary(
     elementwise(name, curved=second is not None, formula=formula)(rule)
 
 
+# Masks let NaN through where torch's gradients do: ``~(x <= 0)`` rather than ``x > 0``.
+
 # -- activations
 # --------------------------------------------------------------------------------------------------------
 
@@ -85,13 +87,13 @@ def _sigmoid(op: Operation) -> Formula:
     return formula
 
 
-unary("ReluBackward0", "result", lambda y: y > 0, None, _relu)
+unary("ReluBackward0", "result", lambda y: ~(y <= 0), None, _relu)
 unary("TanhBackward0", "result", lambda y: 1 - y * y, lambda y: -2 * y * (1 - y * y), _tanh)
 unary("SigmoidBackward0", "result", lambda y: y * (1 - y), lambda y: y * (1 - y) * (1 - 2 * y), _sigmoid)
 unary(
     "HardswishBackward0",
     "self",
-    lambda x: ((2 * x + 3) / 6).where(x.abs() < 3, (x >= 3).to(x.dtype)),
+    lambda x: ((2 * x + 3) / 6).where(~(x.abs() >= 3), (x >= 3).to(x.dtype)),
     lambda x: (x.abs() < 3).to(x.dtype) / 3,
 )
 unary("HardsigmoidBackward0", "self", lambda x: (x.abs() < 3).to(x.dtype) / 6, None)
@@ -229,19 +231,19 @@ def softplus(op: Operation) -> Callable[[bool], Partials]:
 @elementwise("HardtanhBackward0", curved=False)
 def hardtanh(op: Operation) -> Callable[[bool], Partials]:
     x, low, high = op.node._saved_self, op.node._saved_min_val, op.node._saved_max_val
-    return lambda _: (((x > low) & (x < high),), {})
+    return lambda _: ((~((x <= low) | (x >= high)),), {})
 
 
 @elementwise("ThresholdBackward0", "ThresholdBackward1", curved=False)
 def threshold(op: Operation) -> Callable[[bool], Partials]:
     x, bound = op.node._saved_self, op.node._saved_threshold
-    return lambda _: ((x > bound,), {})
+    return lambda _: ((~(x <= bound),), {})
 
 
 @elementwise("HardshrinkBackward0", "SoftshrinkBackward0", curved=False)
 def shrink(op: Operation) -> Callable[[bool], Partials]:
     x, bound = op.node._saved_self, op.node._saved_lambd
-    return lambda _: ((x.abs() > bound,), {})
+    return lambda _: ((~(x.abs() <= bound),), {})
 
 
 @elementwise("PreluKernelBackward0", curved=False)
