@@ -198,7 +198,7 @@ def grouped_mm(op: Operation) -> Formula:
 
 @register_rule("TrilinearBackward0")
 def bilinear(op: Operation) -> Formula:
-    """``y_bo = sum_ij x_bi w_oij z_bj``: ``h_x = sum_o (sum_j w_oij z_bj)^2 h_bo``, ``h_w = sum_b (x_bi z_bj)^2 h_bo``."""
+    """``y_o = sum_ij x_i w_oij z_j``: ``h_x = sum_o (sum_j w_oij z_j)^2 h_o``, ``h_w = x_i^2 z_j^2 h_o``."""
     node = op.node
     x, w, z = node._saved_i1, node._saved_i2, node._saved_i3
     layout = [tuple(d) for d in (node._saved_expand1, node._saved_expand2, node._saved_expand3, node._saved_sumdim)]
