@@ -31,7 +31,7 @@ from tests.lightning_models import (
     make_trainer,
 )
 
-KEYS = {f"curvature/{name}" for name in ("trace", "mean_abs", "max_abs", "negative_fraction")}
+KEYS = {f"curvature/{name}" for name in (*STATISTICS, "effective_lr", "predicted_decrease", "scale")}
 
 
 def diagonal(net: nn.Module, batches: list[tuple[Tensor, Tensor]], method: Any = "hesscale") -> list[Tensor]:
@@ -330,14 +330,21 @@ def test_several_optimizers_are_logged_apart():
 def test_a_step_that_does_not_log_does_not_wait_for_the_device():
     class Hooks(HesScaleCallback):
         def on_before_optimizer_step(self, *args: Any) -> None:
+            self.record(super().on_before_optimizer_step, *args)
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.record(super().on_train_batch_end, *args)
+
+        def record(self, hook: Any, *args: Any) -> None:
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-                super().on_before_optimizer_step(*args)
+                hook(*args)
             calls.append([event.key for event in profile.key_averages() if event.key.startswith("aten::")])
 
     calls: list[list[str]] = []
     fit(Classifier(make_net()), make_batches(2), Hooks(log_every_n_steps=2))
-    assert calls[0] == []
-    assert "aten::stack" in calls[1]
+    assert calls[:2] == [[], []]
+    assert "aten::stack" in calls[2]
+    assert "aten::stack" in calls[3]
 
 
 def test_early_stopping_and_checkpoints_can_follow_the_curvature(tmp_path):

@@ -1,0 +1,126 @@
+"""What is logged of an optimizer's step: noted before it, completed after it, read from the device once."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hesscale_lightning.metrics import (
+    STATISTICS,
+    effective_learning_rate,
+    layer_shares,
+    log_histogram,
+    mean_abs,
+    predicted_decrease,
+)
+from hesscale_lightning.metrics.distribution import BINS, HIGHEST, LOWEST
+
+
+@dataclass
+class StepLog:
+    """One optimizer's step.
+
+    Attributes:
+        prefix: what its keys begin with, ``curvature`` or ``curvature/optimizer_1``.
+        optimizer: the optimizer.
+        values: scalars by the rest of their keys, still on the device.
+        counts: the diagonal's histogram, if asked for.
+    """
+
+    prefix: str
+    optimizer: Optimizer
+    values: dict[str, Tensor]
+    counts: Tensor | None = None
+    _parameters: list[Tensor] = field(default_factory=list)
+    _before: list[Tensor] = field(default_factory=list)
+    _gradients: list[Tensor] = field(default_factory=list)
+    _diagonals: list[Tensor] = field(default_factory=list)
+
+    def after_step(self) -> None:
+        """Adds what can be told once the parameters have moved."""
+        with torch.no_grad():
+            steps = torch._foreach_sub([p.detach() for p in self._parameters], self._before)
+        if steps:
+            self.values["effective_lr"] = effective_learning_rate(steps, self._gradients)
+            self.values["predicted_decrease"] = predicted_decrease(self._gradients, self._diagonals, steps)
+        statistics: Mapping[str, Tensor] = getattr(self.optimizer, "stats", {})
+        self.values |= {key: value for key, value in statistics.items() if key.split("/")[0] == "scale"}
+
+    def numbers(self) -> dict[str, float]:
+        """All scalars by their full keys, in one transfer from the device."""
+        values = list(self.values.values())
+        if not values:
+            return {}
+        numbers = torch.stack([v.to(values[0].device, torch.float64) for v in values]).tolist()
+        return {f"{self.prefix}/{key}": number for key, number in zip(self.values, numbers, strict=True)}
+
+
+def note_step(
+    prefix: str, optimizer: Optimizer, diagonals: Sequence[Tensor], layers: Mapping[int, str] | None, histogram: bool
+) -> StepLog:
+    """Notes what is known before an optimizer's step.
+
+    Args:
+        prefix: what the keys begin with.
+        optimizer: the optimizer that is about to step.
+        diagonals: its parameters' diagonals.
+        layers: names of layers by the ``id`` of their parameters, to log each layer; None logs none.
+        histogram: whether to count the entries by size.
+    """
+    log = StepLog(prefix, optimizer, {name: statistic(diagonals) for name, statistic in STATISTICS.items()})
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            h = getattr(p, "hess_diag", None)
+            if h is not None and p.grad is not None:
+                log._parameters.append(p)
+                log._diagonals.append(h.detach())
+    # Clipping changes gradients in place, and the step the parameters; the diagonals are only read.
+    log._before = [p.detach().clone() for p in log._parameters]
+    log._gradients = [p.grad.detach().clone() for p in log._parameters if p.grad is not None]
+    if layers is not None:
+        grouped: dict[str, list[Tensor]] = {}
+        for p, h in zip(log._parameters, log._diagonals, strict=True):
+            grouped.setdefault(layers.get(id(p), "unnamed"), []).append(h)
+        if grouped:
+            log.values |= {f"share/{name}": share for name, share in layer_shares(grouped).items()}
+            log.values |= {f"mean_abs/{name}": mean_abs(hs) for name, hs in grouped.items()}
+    if histogram:
+        log.counts = log_histogram(diagonals)
+    return log
+
+
+def layer_names(module: nn.Module) -> dict[int, str]:
+    """The name of the layer to which each parameter belongs, by the parameter's ``id``."""
+    names = {}
+    for name, p in module.named_parameters():
+        layer = name.replace("_orig_mod.", "").rpartition(".")[0]
+        names[id(p)] = layer or name
+    return names
+
+
+def can_log_histograms(loggers: Iterable[Any]) -> list[Any]:
+    """The loggers that take histograms: those with TensorBoard's writer."""
+    return [logger for logger in loggers if hasattr(getattr(logger, "experiment", None), "add_histogram_raw")]
+
+
+def write_histogram(loggers: Iterable[Any], key: str, counts: Tensor, step: int) -> None:
+    """Writes a histogram of ``log10 |h|`` to TensorBoard."""
+    width = (HIGHEST - LOWEST) / BINS
+    limits = [LOWEST + width * (k + 1) for k in range(BINS)]
+    middles = [limit - width / 2 for limit in limits]
+    numbers = counts.tolist()
+    for logger in loggers:
+        logger.experiment.add_histogram_raw(
+            key,
+            min=LOWEST,
+            max=HIGHEST,
+            num=int(sum(numbers)),
+            sum=sum(n * m for n, m in zip(numbers, middles, strict=True)),
+            sum_squares=sum(n * m * m for n, m in zip(numbers, middles, strict=True)),
+            bucket_limits=limits,
+            bucket_counts=numbers,
+            global_step=step,
+        )
