@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.timing import Ratio, peak_bytes, ratios
 from hesscale_lightning.curvature import attach
@@ -58,6 +59,63 @@ def cnn() -> nn.Module:
     )
 
 
+class ResidualBlock(nn.Module):
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, out, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(out),
+            nn.ReLU(),
+            nn.Conv2d(out, out, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(out),
+        )
+        same = stride == 1 and channels == out
+        self.shortcut: nn.Module = nn.Identity()
+        if not same:
+            self.shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, 1, 1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        ResidualBlock(16, 16, 1),
+        ResidualBlock(16, 32, 2),
+        ResidualBlock(32, 64, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
+
+
+class Transformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(100, 64)
+        layer = nn.TransformerEncoderLayer(
+            64, 4, 128, dropout=0.0, batch_first=True, norm_first=True, activation="gelu"
+        )
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embedding(x)).mean(1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(16, 64, batch_first=True)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.gru(x)[0][:, -1])
+
+
 WORKLOADS = [
     Workload("tanh MLP 17-64-64-6, batch 64", lambda: mlp(17, 64, 64, 6), lambda: torch.randn(64, 17), 6, 1.70),
     Workload(
@@ -74,6 +132,15 @@ WORKLOADS = [
         1.75,
     ),
     Workload("CNN 3x32x32, three convolutions, batch 64", cnn, lambda: torch.randn(64, 3, 32, 32), 10, 1.75),
+    Workload("ResNet 3x32x32 with BatchNorm, batch 32", resnet, lambda: torch.randn(32, 3, 32, 32), 10, 1.85),
+    Workload(
+        "transformer, two layers of width 64, 32 tokens, batch 16",
+        Transformer,
+        lambda: torch.randint(100, (16, 32)),
+        10,
+        2.0,
+    ),
+    Workload("GRU of width 64, 20 steps, batch 32", Recurrent, lambda: torch.randn(32, 20, 16), 10, 2.0),
 ]
 
 
@@ -103,7 +170,12 @@ def variants(workload: Workload) -> dict[str, Callable[[], None]]:
         return step
 
     def hutchinson() -> None:
+        """Without fused attention, which torch does not differentiate twice."""
         clear()
+        with sdpa_kernel(SDPBackend.MATH):
+            two_passes()
+
+    def two_passes() -> None:
         gradients = torch.autograd.grad(F.cross_entropy(model(x), target), params, create_graph=True)
         signs = [torch.randint_like(p, 2) * 2 - 1 for p in params]
         products = torch.autograd.grad(gradients, params, signs)

@@ -5,7 +5,7 @@ loss downwards, an elementwise operation (see :mod:`.elementwise`) with two want
 
 1. It takes in the operations below that are elementwise or along the last dimension (see :mod:`.rows`), as long as
    nothing outside the composite uses their result and no ``t()`` lies in between. If two paths meet in what was taken
-   in, it is joined, down to the one tensor where all paths have met, or all of it.
+   in, what lies on the way to a meeting is joined, down to the one tensor where all paths have met if there is one.
 2. If no paths meet there, they may meet below operations whose results others use as well. Elementwise operations of
    that kind are then joined too, but only those on the way to a meeting.
 3. A composite that mixes the entries of a row leaves a Hessian at its sources that is not diagonal. That does not
@@ -19,6 +19,7 @@ bring and with their part of the gradient, which is the whole less what the comp
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -30,6 +31,8 @@ from hesscale_lightning.curvature.elementwise import Factor, chain, fit_to_input
 from hesscale_lightning.curvature.graph import Edge, Node, Trace
 from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, Partials, PartialsRule, Rule
 
+_ITSELF: tuple[Factor | None, Factor | None] = (1.0, None)  # first and second derivative of a tensor by itself
+_NOTHING: tuple[Factor | None, Factor | None] = (None, None)
 _MOST_MEMBERS = 64  # a composite is meant to be a head or a norm, not a network
 
 
@@ -183,27 +186,30 @@ class Joiner:
                     met = met or edge in open_ends
                     open_ends.add(edge)
             if met and len(open_ends) == 1:
-                return ordered[: k + 1]
-        return ordered if met else []
+                return self._on_the_way(ordered[: k + 1])
+        return self._on_the_way(ordered) if met else []
 
     def _meeting_of_shared(self, position: int) -> list[int]:
         """As :meth:`_meeting`, of elementwise operations whose results others may use; only those on the way."""
         taken = [position]
-        uses: dict[int, int] = {}
         for current in taken:
             for child in self._below[current]:
-                uses[child] = uses.get(child, 0) + 1
                 if child in taken or not self._is_elementwise(child, position) or not self._is_plain(child):
                     continue
                 if len(taken) == _MOST_MEMBERS:
                     return []
                 taken.append(child)
-        # A member is on the way if some tensor where paths meet lies below it.
+        return self._on_the_way(taken)
+
+    def _on_the_way(self, taken: Sequence[int]) -> list[int]:
+        """Those of ``taken`` below which some tensor lies where paths meet; the others pass curvature on without loss."""
+        nodes, index, edges = self._found.nodes, self._found.index, self._found.edges
+        uses = Counter(edge for member in taken for edge in edges[nodes[member]] if index[edge[0]] >= 0)
         leads: set[int] = set()
         for member in sorted(taken, reverse=True):
-            if any(uses[child] > 1 or child in leads for child in self._below[member]):
+            if any(uses[edge] > 1 or index[edge[0]] in leads for edge in edges[nodes[member]]):
                 leads.add(member)
-        return sorted(leads) if position in leads else []
+        return sorted(leads)
 
     def _is_plain(self, position: int) -> bool:
         """Whether the node's first output is used as it is, and no other."""
@@ -311,17 +317,13 @@ def composite_formula(composite: Composite, operations: Sequence[Operation]) -> 
         derivatives: list[tuple[Factor | None, Factor | None]] = []
         for place, ((first, second), member) in enumerate(zip(partials, members, strict=True)):
             if place == start:
-                derivatives.append((1.0, None))
+                derivatives.append(_ITSELF)
                 continue
             below = [
-                (None, None)
-                if entry is None
-                else derivatives[entry]
-                if entry >= 0
-                else (1.0 if entry == start else None, None)
+                _ITSELF if entry == start else derivatives[entry] if entry is not None and entry >= 0 else _NOTHING
                 for entry in member.wiring
             ]
-            derivatives.append(chain(first, second, below))
+            derivatives.append(chain(first, second, below) if any(u is not _NOTHING for u in below) else _NOTHING)
         return derivatives[-1]
 
     def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:

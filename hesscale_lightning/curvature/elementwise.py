@@ -87,7 +87,13 @@ def fit_to_input(op: Operation, i: int) -> Callable[[Tensor], Tensor]:
     dtype, _ = op.input_meta(i)
     if dtype in (torch.float16, torch.bfloat16):
         dtype = torch.float32
-    return lambda x: (x if x.shape == shape else x.sum_to_size(shape)).to(dtype)
+
+    def fit(x: Tensor) -> Tensor:
+        if x.shape != shape:
+            x = x.sum_to_size(shape)
+        return x if x.dtype is dtype else x.to(dtype)
+
+    return fit
 
 
 def chain(
