@@ -363,10 +363,11 @@ class HesScaleCallback(Callback):
             return
         index = next(i for i, other in enumerate(trainer.optimizers) if other is optimizer)
         prefix = f"curvature/optimizer_{index}" if len(trainer.optimizers) > 1 else "curvature"
-        log = StepLog(prefix, optimizer, {})
         if self._log_is_due(trainer):
             layers = layer_names(pl_module) if self.per_layer else None
             log = note_step(prefix, optimizer, diagonals, layers, self.histogram)
+        else:
+            log = StepLog(prefix, optimizer, {}, only_audit=True)
         if self._audit is not None and self._auditing:
             figures = self._audit.take(lambda x: trainer.strategy.reduce(x, reduce_op="mean"))
             log.values |= {f"audit/{name}": figure for name, figure in figures.items()}

@@ -28,12 +28,14 @@ class StepLog:
         optimizer: the optimizer.
         values: scalars by the rest of their keys, still on the device.
         counts: the diagonal's histogram, if asked for.
+        only_audit: whether nothing but the audit is logged of this step.
     """
 
     prefix: str
     optimizer: Optimizer
     values: dict[str, Tensor]
     counts: Tensor | None = None
+    only_audit: bool = False
     _parameters: list[Tensor] = field(default_factory=list)
     _before: list[Tensor] = field(default_factory=list)
     _gradients: list[Tensor] = field(default_factory=list)
@@ -41,11 +43,13 @@ class StepLog:
 
     def after_step(self) -> None:
         """Adds what can be told once the parameters have moved."""
-        with torch.no_grad():
-            steps = torch._foreach_sub([p.detach() for p in self._parameters], self._before)
-        if steps:
+        if self._parameters:
+            with torch.no_grad():
+                steps = torch._foreach_sub([p.detach() for p in self._parameters], self._before)
             self.values["effective_lr"] = effective_learning_rate(steps, self._gradients)
             self.values["predicted_decrease"] = predicted_decrease(self._gradients, self._diagonals, steps)
+        if self.only_audit:
+            return
         statistics: Mapping[str, Tensor] = getattr(self.optimizer, "stats", {})
         self.values |= {key: value for key, value in statistics.items() if key.split("/")[0] == "scale"}
 
