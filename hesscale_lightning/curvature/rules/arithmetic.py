@@ -23,7 +23,7 @@ PartialsFunction = Callable[[bool], Partials]
 
 def _sum(op: Operation) -> Formula:
     """``a + alpha b``: curvature passes unchanged to ``a`` and times ``alpha^2`` to ``b``."""
-    square = op.node._saved_alpha**2
+    square = float(getattr(op.node, "_saved_alpha", 1)) ** 2
     shape = op.output_shape()
     reduce = [need and op.input_shape(i) != shape for i, need in enumerate(op.needs)]
     if square == 1 and True not in reduce:

@@ -47,8 +47,6 @@ def unary(
 # --------------------------------------------------------------------------------------------------------
 
 _threshold_backward = torch.ops.aten.threshold_backward.default
-_leaky_relu_backward = torch.ops.aten.leaky_relu_backward.default
-_sigmoid_backward = torch.ops.aten.sigmoid_backward.default
 
 
 def _relu(op: Operation) -> Formula:
@@ -78,11 +76,12 @@ def _sigmoid(op: Operation) -> Formula:
 
     def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
         y = full(result)
-        inner = _sigmoid_backward(h, y) if h is not None else None
-        if g is not None:
-            inner = g.clone() if inner is None else inner.add_(g)
-            inner.addcmul_(y, g, value=-2)
-        return (_sigmoid_backward(inner, y),)
+        slope = torch.addcmul(y, y, y, value=-1)
+        inner = None if g is None else torch.addcmul(g, y, g, value=-2)
+        if h is not None:
+            inner = slope * h if inner is None else inner.addcmul_(slope, h)
+        assert inner is not None  # one of them is there
+        return (inner.mul_(slope),)
 
     return formula
 
