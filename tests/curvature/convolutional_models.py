@@ -134,8 +134,9 @@ def unet() -> Built:
 
 def normalisations() -> Built:
     module = nn.Sequential(
-        nn.Conv1d(2, 4, 3), nn.InstanceNorm1d(4, affine=True), nn.Tanh(), nn.Conv1d(4, 4, 3, dilation=2),
-        nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv1d(4, 4, 3, groups=2), nn.BatchNorm1d(4), nn.Mish(), nn.LayerNorm([4, 4]), nn.Flatten(),
+        nn.Conv1d(2, 4, 3), nn.InstanceNorm1d(4, affine=True), nn.Tanh(),
+        nn.Conv1d(4, 4, 3, dilation=2), nn.GroupNorm(2, 4), nn.SiLU(),
+        nn.Conv1d(4, 4, 3, groups=2), nn.BatchNorm1d(4), nn.Mish(), nn.LayerNorm([4, 4]), nn.Flatten(),
         nn.Linear(16, 4), nn.RMSNorm(4), nn.PReLU(), nn.Linear(4, 1),
     )  # fmt: skip
     data = torch.randn(3, 2, 12), torch.randn(3, 1)

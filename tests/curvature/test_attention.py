@@ -76,6 +76,21 @@ def test_blocks_add_up(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -
     check(next(case for case in CASES if case.name == name))
 
 
+@pytest.mark.parametrize("heads", [2, 4])
+def test_later_keys_are_left_out_of_long_causal_attention(heads: int) -> None:
+    """The same as with a mask, where they are not."""
+    found = []
+    for options in ({"is_causal": True}, {"attn_mask": torch.ones(70, 70, dtype=torch.bool).tril()}):
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(1, n, 70, 2, dtype=torch.float64, requires_grad=True) for n in (heads, 2, 2))
+        loss = scaled_dot_product_attention(q, k, v, enable_gqa=True, **options).pow(3).sum()
+        assert NODE in node_names(loss)
+        backward(loss)
+        found.append([q.hess_diag, k.hess_diag, v.hess_diag])
+    for causal, with_mask in zip(*found, strict=True):
+        torch.testing.assert_close(causal, with_mask, rtol=1e-10, atol=1e-12)
+
+
 def test_in_float32() -> None:
     check(CASES[1], torch.float32)
 

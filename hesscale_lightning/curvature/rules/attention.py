@@ -30,6 +30,7 @@ from hesscale_lightning.curvature.precision import full, squared
 from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, register_rule
 
 _BLOCK = 2**22  # entries of the largest temporary tensor
+_IN_CACHE = 2**16  # entries of a temporary tensor that is passed over several times
 _safe_softmax = torch.ops.aten._safe_softmax.default
 
 
@@ -86,31 +87,35 @@ def _diagonals(
     h_k, h_v = torch.zeros_like(k), torch.zeros_like(v)
     h_mask = q.new_zeros(batch, heads, length, keys).unflatten(1, (-1, shared)) if needs[3] else None
     rows = max(1, _BLOCK // max(1, q.shape[0] * q.shape[1] * keys))
+    if causal and length >= 64:
+        rows = min(rows, -(-length // 4))  # the later keys, which a block does not see, are left out
     for start in range(0, shared * length, rows):
         here = torch.arange(start, min(start + rows, shared * length), device=q.device)
         head, step = here // length, here % length
-        q_t = q[:, :, here]
-        p = _probabilities(q_t @ (k.mT * scale), None if mask is None else mask[:, :, head, step], causal, step)
-        o = p @ v
+        seen = slice(0, min(keys, start + rows) if causal and shared == 1 else keys)
+        q_t, k_t, v_t = q[:, :, here], k[:, :, seen], v[:, :, seen]
+        mask_t = None if mask is None else mask[:, :, head, step, seen]
+        p = _probabilities(q_t @ (k_t.mT * scale), mask_t, causal, step)
+        o = p @ v_t
         square = p * p
         at_scores = torch.zeros_like(p)
-        weight = None
+        weight = h_t = None
         if h is not None:
             h_t = h[:, :, here]
             if needs[2]:
-                h_v += square.mT @ h_t
-            apart = h_t @ squared(v).mT - 2 * (h_t * o) @ v.mT + (h_t * o * o).sum(-1, keepdim=True)
+                h_v[:, :, seen] += square.mT @ h_t
+            apart = h_t @ squared(v_t).mT - 2 * (h_t * o) @ v_t.mT + (h_t * o * o).sum(-1, keepdim=True)
             at_scores.addcmul_(square, apart)
         if g is not None:
             g_t = g[:, :, here]
-            weight = p * (g_t @ v.mT - (g_t * o).sum(-1, keepdim=True))
+            weight = p * (g_t @ v_t.mT - (g_t * o).sum(-1, keepdim=True))
             at_scores.addcmul_(1 - 2 * p, weight)
         if needs[1]:
-            h_k += at_scores.mT @ squared(q_t * scale)
+            h_k[:, :, seen] += at_scores.mT @ squared(q_t * scale)
         if h_mask is not None:
-            h_mask[:, :, head, step] = at_scores
+            h_mask[:, :, head, step, seen] = at_scores
         if h_q is not None:
-            h_q[:, :, here] = _at_queries(p, k * scale, v, o, weight, None if h is None else h_t)
+            h_q[:, :, here] = _at_queries(p, k_t * scale, v_t, o, weight, h_t)
     return [
         None if h_q is None else h_q.view(query.shape),
         h_k if needs[1] else None,
@@ -139,10 +144,11 @@ def _at_queries(p: Tensor, k: Tensor, v: Tensor, o: Tensor, weight: Tensor | Non
     if h is not None:
         width = v.shape[-1]
         longest = max(p.shape[-1], p.shape[-2]) * p.shape[0] * p.shape[1]
-        block = max(1, _BLOCK // max(1, longest * width))
+        block = max(1, _IN_CACHE // max(1, longest * width))
         for start in range(0, k.shape[-1], block):
             part = slice(start, start + block)
             products = (k[..., part, None] * v[..., None, :]).flatten(-2)
-            covariance = (p @ products).unflatten(-1, (-1, width)) - center[..., part, None] * o[..., None, :]
-            total[..., part] += (covariance.square_() @ h[..., None]).squeeze(-1)
+            covariance = (p @ products).unflatten(-1, (-1, width))
+            covariance.addcmul_(center[..., part, None], o[..., None, :], value=-1).square_()
+            total[..., part] += covariance.mul_(h[..., None, :]).sum(-1)
     return total
