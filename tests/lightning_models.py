@@ -33,6 +33,28 @@ def make_loader(batches: list[tuple[Tensor, Tensor]]) -> DataLoader[Any]:
     return DataLoader(TensorDataset(x, y), batch_size=len(batches[0][0]))
 
 
+class ResumableLoader:
+    """Goes on at the batch where it was, as a resumed epoch needs it."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches, self.position, self.start = batches, 0, 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Any:
+        start, self.start = self.start, 0
+        for index in range(start, len(self.batches)):
+            self.position = index + 1
+            yield self.batches[index]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start = state["position"]
+
+
 class Classifier(pl.LightningModule):
     """Cross-entropy on a small tanh network, with whatever optimizer the test asks for."""
 

@@ -24,6 +24,7 @@ from tests.lightning_models import (
     Classifier,
     ListLogger,
     Recorder,
+    ResumableLoader,
     fit,
     make_batches,
     make_loader,
@@ -463,28 +464,6 @@ def test_adahesscale_without_the_callback_says_what_to_add():
 
 
 # -- across runs and processes
-
-
-class ResumableLoader:
-    """Goes on at the batch where it was, as a resumed epoch needs it."""
-
-    def __init__(self, batches: list[Any]) -> None:
-        self.batches, self.position, self.start = batches, 0, 0
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Any:
-        start, self.start = self.start, 0
-        for index in range(start, len(self.batches)):
-            self.position = index + 1
-            yield self.batches[index]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.start = state["position"]
 
 
 class Crash(pl.Callback):
