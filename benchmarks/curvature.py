@@ -1,6 +1,6 @@
 """Cost of curvature: forward + backward + HesScale over forward + backward, one thread, in one run.
 
-    python -m benchmarks.curvature [--seconds 4] [--only mlp] [--json FILE]
+    python -m benchmarks.curvature [--seconds 4] [--only MLP] [--json FILE] [--write README.md]
 
 Beside it stands what the Hutchinson estimate of AdaHessian costs with one probe (a Hessian-vector product with a random
 sign vector), and the peak memory of torch's allocator in each case.
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.timing import Ratio, peak_bytes, ratios
+from benchmarks.timing import Ratio, peak_bytes, ratios, write_table
 from hesscale_lightning.curvature import attach
 
 
@@ -220,6 +220,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="how long to measure each network")
     parser.add_argument("--only", default="", help="only networks whose name contains this")
     parser.add_argument("--json", type=Path, help="also write every number to this file")
+    parser.add_argument("--write", type=Path, help="also replace the table in this page, for example README.md")
     args = parser.parse_args()
     torch.set_num_threads(1)
     results = [measure(w, args.seconds) for w in WORKLOADS if args.only in w.name]
@@ -227,6 +228,8 @@ def main() -> None:
         "Time and peak memory over those of forward + backward; median (quartiles) of interleaved rounds, one thread.\n"
     )
     print(table(results))
+    if args.write:
+        write_table(args.write, "curvature", table(results))
     if args.json:
         plain = [{**r, "time": {k: vars(v) for k, v in r["time"].items()}} for r in results]
         args.json.write_text(json.dumps(plain, indent=1) + "\n")

@@ -1,6 +1,6 @@
 """Cost of an optimizer's step: AdaHesScale and step-size scaling beside torch's Adam, one thread, in one run.
 
-    python -m benchmarks.optimizer_step [--seconds 4] [--json FILE]
+    python -m benchmarks.optimizer_step [--seconds 4] [--json FILE] [--write docs/cost.md]
 
 Gradients and diagonals are there already; what is timed is ``step`` and, for our optimizers, what their hooks on two
 parameters do during backward. "AdaHesScale, no trust region" is
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.timing import Ratio, ratios
+from benchmarks.timing import Ratio, ratios, write_table
 from hesscale_lightning.optim import AdaHesScale, StepSizeScaling
 
 NETWORKS: dict[str, list[int]] = {
@@ -71,22 +71,29 @@ def rows(seconds: float = 4.0) -> Iterator[tuple[str, str, Ratio]]:
             yield network, name, ratio
 
 
+def table(results: Sequence[tuple[str, str, Ratio]]) -> str:
+    lines = ["| parameters | optimizer | step | over Adam | to reach |", "|---|---|---|---|---|"]
+    for network, name, ratio in results:
+        target = f"{TARGETS[name]:.2f}" if name in TARGETS else ""
+        lines.append(f"| {network} | {name} | {ratio.variant_us / 1000:.2f} ms | {ratio} | {target} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=4.0, help="how long to measure each network")
     parser.add_argument("--json", type=Path, help="also write every number to this file")
+    parser.add_argument("--write", type=Path, help="also replace the table in this page, for example docs/cost.md")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    results = list(rows(args.seconds))
     print("Time of a step over that of torch.optim.Adam; median (quartiles) of interleaved rounds, one thread.\n")
-    print("| parameters | optimizer | step | over Adam | to reach |")
-    print("|---|---|---|---|---|")
-    results = []
-    for network, name, ratio in rows(args.seconds):
-        target = f"{TARGETS[name]:.2f}" if name in TARGETS else ""
-        print(f"| {network} | {name} | {ratio.variant_us / 1000:.2f} ms | {ratio} | {target} |")
-        results.append({"network": network, "optimizer": name, **vars(ratio)})
+    print(table(results))
+    if args.write:
+        write_table(args.write, "optimizer", table(results))
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+        plain = [{"network": network, "optimizer": name, **vars(ratio)} for network, name, ratio in results]
+        args.json.write_text(json.dumps(plain, indent=1) + "\n")
 
 
 if __name__ == "__main__":

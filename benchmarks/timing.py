@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -79,6 +80,13 @@ def _quiet() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def write_table(page: Path, name: str, table: str) -> None:
+    """Replaces the table between ``<!-- benchmark: name -->`` and ``<!-- end -->`` in a page."""
+    start, end = f"<!-- benchmark: {name} -->\n", "<!-- end -->"
+    before, rest = page.read_text().split(start)
+    page.write_text(before + start + table + "\n" + end + rest.split(end, 1)[1])
 
 
 def peak_bytes(function: Callable[[], None]) -> int:

@@ -202,7 +202,7 @@ class Joiner:
         return self._on_the_way(taken)
 
     def _on_the_way(self, taken: Sequence[int]) -> list[int]:
-        """Those of ``taken`` below which some tensor lies where paths meet; the others pass curvature on without loss."""
+        """Those of ``taken`` below which paths meet in some tensor; the others pass curvature on without loss."""
         nodes, index, edges = self._found.nodes, self._found.index, self._found.edges
         uses = Counter(edge for member in taken for edge in edges[nodes[member]] if index[edge[0]] >= 0)
         leads: set[int] = set()

@@ -208,8 +208,8 @@ _ADVICE = {
         'torch.compiler.set_stance("force_eager")'
     ),
     "CheckpointFunctionBackward": (
-        "reentrant checkpointing hides the operations and parameters inside: use torch.utils.checkpoint.checkpoint(..., "
-        "use_reentrant=False)"
+        "reentrant checkpointing hides the operations and parameters inside: use "
+        "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
     ),
 }
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from hesscale_lightning.curvature.precision import full
 from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, register_rule
 
-
 _WRAP = 2**64  # a node shows a negative dimension as an unsigned number
 
 
