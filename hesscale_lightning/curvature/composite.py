@@ -254,7 +254,7 @@ class Joiner:
         members = taken[::-1]
         place = {member: k for k, member in enumerate(members)}
         sources: dict[Edge, int] = {}
-        flat_sources: list[bool] = []
+        flat_sources: list[bool | None] = []
         described: list[Member] = []
         for position in members:
             rule = self._rules[position]
@@ -269,28 +269,29 @@ class Joiner:
                 else:
                     if edge not in sources:
                         sources[edge] = len(sources)
-                        flat_sources.append(False)
+                        flat_sources.append(None)
                     wiring.append(~sources[edge])
             row = None if rule.partials is not None else self._row(position)
             inner = {described[entry].flat for entry in wiring if entry is not None and entry >= 0}
             if len(inner) > 1:
                 return None  # a tensor with a last dimension beside one without: they would not line up
             flat = inner.pop() if inner else False
-            if row is not None:
-                if flat and row.flat is not False:
-                    return None  # a reduction over another dimension than the rows'
-                flat = flat if row.flat is None else row.flat
-            else:
-                for entry in wiring:
-                    if flat and entry is not None and entry < 0:
-                        flat_sources[~entry] = True
+            takes_flat = flat if row is None else row.flat is False and not row.mixes  # only unsqueeze does
+            if inner and flat is not takes_flat:
+                return None  # a reduction over another dimension than the rows'
+            for entry in wiring:
+                if entry is not None and entry < 0:
+                    if flat_sources[~entry] not in (None, takes_flat):
+                        return None  # ``x * x.sum(-1)``: one tensor with and without its rows
+                    flat_sources[~entry] = takes_flat
+            flat = takes_flat if row is None or row.flat is None else row.flat
             described.append(Member(position, rule.partials, [e is not None for e in wiring], wiring, flat))
         private = {end}
         for position in taken[1:]:
             if all(user in private for user in self._consumers[position]):
                 private.add(position)
         shared = [place[position] for position in taken if position not in private]
-        return Composite(described, list(sources), private, shared, flat_sources)
+        return Composite(described, list(sources), private, shared, [bool(flat) for flat in flat_sources])
 
 
 def composite_formula(composite: Composite, operations: Sequence[Operation]) -> Formula | None:
@@ -413,8 +414,10 @@ def _row_formula(composite: Composite, operations: Sequence[Operation]) -> Formu
         for source, flat in enumerate(composite.flat_sources):
             taylor = carried(rows.source(shapes[source], width, flat), None, source, partials)
             total = rows.curvature(taylor, g, h, width)
-            assert isinstance(total, Tensor)
-            results.append(fits[source](total.squeeze(-1) if flat else total))
+            if isinstance(total, Tensor):
+                results.append(fits[source](total.squeeze(-1) if flat else total))
+            else:  # the number 0: no curvature arrives, and none is made
+                results.append(None)
         for place in composite.shared:
             if g is None:
                 results.append(None)

@@ -219,6 +219,8 @@ def _entries(root: Node, found: Trace, outside: set[Node]) -> list[Entry]:
                     f"paths from {_describe(nodes[meeting])} meet here: their cross term is dropped",
                 )
             )
+        elif rule is not None and rule.approximate:
+            entries.append(Entry(node.name(), "approximate", rule.approximate))
         elif composite is not None:
             joined = ", ".join(sorted({nodes[m.position].name().removesuffix("Backward0") for m in composite.members}))
             entries.append(Entry(node.name(), "exact", f"joined: {joined}"))

@@ -96,6 +96,7 @@ class Rule:
     partials: PartialsRule | None
     bilinear: bool
     reduces: bool
+    approximate: str
 
 
 _rules: dict[str, Rule] = {}
@@ -111,6 +112,7 @@ def register_rule(
     partials: PartialsRule | None = None,
     bilinear: bool = False,
     reduces: bool = False,
+    approximate: str = "",
 ) -> Callable[[Callable[[Operation], Formula]], Callable[[Operation], Formula]]:
     """Registers how curvature passes an operation, by the name of its autograd node.
 
@@ -140,6 +142,7 @@ def register_rule(
             in a rule; the coverage report tells where they are lost because both inputs come from one tensor.
         reduces: For an operation with partials, whether its entries may also be summed, as by a loss: paths may meet in
             it, but it is not joined with what follows.
+        approximate: What the formula leaves out, if it is not exact; shown by the coverage report.
 
     Example:
         >>> import torch
@@ -164,7 +167,7 @@ def register_rule(
 
     def register(build: Callable[[Operation], Formula]) -> Callable[[Operation], Formula]:
         for name in names:
-            _rules[name] = Rule(name, build, curved, multi_output, view, partials, bilinear, reduces)
+            _rules[name] = Rule(name, build, curved, multi_output, view, partials, bilinear, reduces, approximate)
         _rule_of_type.clear()
         for listener in _listeners:
             listener()

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from hesscale_lightning.curvature import UnsupportedOperationError, backward
+from hesscale_lightning.curvature import UnsupportedOperationError, backward, coverage, exact_local_diag
 from hesscale_lightning.curvature.rules import attention
-from tests.curvature.oracle import Case, check, node_names
+from tests.curvature.oracle import Case, Probe, check, node_names
 
 NODE = "ScaledDotProductFlashAttentionForCpuBackward0"
 generator = torch.Generator().manual_seed(3)
@@ -41,15 +41,29 @@ def grouped_with_bias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def by_hand(function: object) -> object:
     """Torch differentiates its fused attention only once: the same through the composed one."""
 
-    def operation(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def operation(*inputs: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):
-            return function(q, k, v)  # type: ignore[operator]
+            return function(*inputs)  # type: ignore[operator]
 
     return operation
 
 
 def case(name: str, function: object, inputs: object = QKV, reference: object = None) -> Case:
-    return Case(name, function, inputs, [NODE], reference=reference or by_hand(function))  # type: ignore[arg-type]
+    """Queries, keys and values: exact as far as the queries are, that is, at a loss."""
+    composed = reference or by_hand(function)
+    return Case(name, function, inputs, [NODE], reference=composed, at_loss=True)  # type: ignore[arg-type]
+
+
+def of_keys_and_values(full: Case) -> Case:
+    """The same with constant queries: exact everywhere."""
+    q = full.tensors()[0].detach()
+    return Case(
+        f"{full.name}, keys and values",
+        lambda k, v: full.operation(q.to(k.dtype), k, v),
+        full.inputs[1:],
+        full.nodes,
+        reference=lambda k, v: full.reference(q.to(k.dtype), k, v),  # type: ignore[misc]
+    )
 
 
 CASES = [
@@ -64,9 +78,37 @@ CASES = [
 ]
 
 
+CASES += [of_keys_and_values(case) for case in CASES]
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_rule_equals_dense_derivatives(case: Case) -> None:
     check(case)
+
+
+def test_queries_drop_products_of_different_keys_and_nothing_else() -> None:
+    """The exact diagonal is a square of a sum over keys; the rule keeps the squares of its terms."""
+    torch.manual_seed(4)
+    q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in QKV)
+    h = torch.rand(2, 2, 4, 3, dtype=torch.float64)
+    backward(Probe.apply(1, scaled_dot_product_attention(q, k, v), torch.zeros_like(h), h), [q])
+    scale = q.shape[-1] ** -0.5
+    p = (q @ k.mT * scale).softmax(-1).detach()
+    apart_k = k.detach().unsqueeze(2) - (p @ k.detach()).unsqueeze(3)  # (.., t, j, d): k_jd - K_td
+    apart_v = v.detach().unsqueeze(2) - (p @ v.detach()).unsqueeze(3)
+    terms = torch.einsum("bhtj,bhtjd,bhtje->bhtjde", p, apart_k, apart_v) * scale  # of dO_te / dq_td, by key
+    torch.testing.assert_close(q.hess_diag, torch.einsum("bhtjde,bhte->bhtd", terms.square(), h), rtol=1e-9, atol=1e-14)
+    (exact,) = exact_local_diag(
+        by_hand(lambda q: scaled_dot_product_attention(q, k, v)), [q], [torch.zeros_like(h)], [h]
+    )
+    torch.testing.assert_close(exact, torch.einsum("bhtde,bhte->bhtd", terms.sum(3).square(), h), rtol=1e-9, atol=1e-14)
+
+
+def test_the_report_says_so() -> None:
+    q, k, v = (torch.randn(shape, requires_grad=True) for shape in QKV)
+    (entry,) = coverage(scaled_dot_product_attention(q, k, v).square().sum()).approximate
+    assert entry.operation == NODE
+    assert "queries" in entry.reason
 
 
 @pytest.mark.parametrize("block", [1, 40])
@@ -92,7 +134,7 @@ def test_later_keys_are_left_out_of_long_causal_attention(heads: int) -> None:
 
 
 def test_in_float32() -> None:
-    check(CASES[1], torch.float32)
+    check(of_keys_and_values(CASES[1]), torch.float32)
 
 
 def test_dropout_runs_as_composed_operations() -> None:

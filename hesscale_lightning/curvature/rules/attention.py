@@ -1,4 +1,4 @@
-"""Fused scaled dot product attention: the exact local diagonal of the whole, not of the operations it is made of.
+"""Fused scaled dot product attention: exact for keys, values and masks, nearly for queries, at attention's own cost.
 
 Per head, with ``S = s q k^T + mask``, ``P = softmax(S)``, ``O = P V``, ``K = P k``, and g, h at ``O``: one entry of S
 moves one row of O, so that at the scores, and at a mask that is learned, the curvature is
@@ -9,13 +9,14 @@ One entry of k moves one column of S, one entry of v one row of V:
 
     h_k = s^2 E^T q^2,    h_v = (P^2)^T h
 
-One entry of q moves a whole row of S, and ``dO_te/dq_td = s C_tde``, the covariance of ``k_d`` and ``V_e`` under
-``P_t``:
+One entry of q moves a whole row of S. With ``w_tj = P_tj sum_e (V_je - O_te) g_te`` the exact diagonal is
 
-    h_q = s^2 sum_e C_tde^2 h_te  +  s^2 sum_j P_tj (k_jd - K_td)^2 sum_e (V_je - O_te) g_te
+    h_q = s^2 sum_e (sum_j P_tj (k_jd - K_td) (V_je - O_te))^2 h_te  +  s^2 sum_j w_tj (k_jd - K_td)^2
 
-The first sum is the only one that costs more than attention itself, ``T S D^2`` instead of ``T S D``. It is paid for
-exactness, as matrix products over blocks of queries and of features, so that memory stays bounded.
+whose first term costs ``T S D^2`` where attention costs ``T S D``. So the products of different keys in the square are
+dropped, as the recursion through the separate operations drops them:
+
+    h_q = s^2 sum_j (P_tj^2 sum_e (V_je - O_te)^2 h_te + w_tj) (k_jd - K_td)^2
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from hesscale_lightning.curvature.precision import full, squared
 from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, register_rule
 
 _BLOCK = 2**22  # entries of the largest temporary tensor
-_IN_CACHE = 2**16  # entries of a temporary tensor that is passed over several times
 _safe_softmax = torch.ops.aten._safe_softmax.default
 
 
@@ -39,9 +39,10 @@ _safe_softmax = torch.ops.aten._safe_softmax.default
     "ScaledDotProductEfficientAttentionBackward0", "ScaledDotProductCudnnAttentionBackward0",
     "ScaledDotProductFusedAttentionOverrideableBackward0",
     curved=True,
+    approximate="for queries, products of different keys are dropped; keys, values and masks are exact",
 )  # fmt: skip
 def attention(op: Operation) -> Formula:
-    """Exact, at a cost of T S D^2 for the queries."""
+    """Exact for keys, values and masks; for queries, products of different keys are dropped."""
     node = op.node
     if node._saved_dropout_p:
         raise op.unsupported(
@@ -98,24 +99,25 @@ def _diagonals(
         p = _probabilities(q_t @ (k_t.mT * scale), mask_t, causal, step)
         o = p @ v_t
         square = p * p
-        at_scores = torch.zeros_like(p)
-        weight = h_t = None
+        at_scores, for_queries = torch.zeros_like(p), torch.zeros_like(p)
         if h is not None:
             h_t = h[:, :, here]
             if needs[2]:
                 h_v[:, :, seen] += square.mT @ h_t
             apart = h_t @ squared(v_t).mT - 2 * (h_t * o) @ v_t.mT + (h_t * o * o).sum(-1, keepdim=True)
             at_scores.addcmul_(square, apart)
+            for_queries.addcmul_(square, apart)
         if g is not None:
             g_t = g[:, :, here]
             weight = p * (g_t @ v_t.mT - (g_t * o).sum(-1, keepdim=True))
             at_scores.addcmul_(1 - 2 * p, weight)
+            for_queries.add_(weight)
         if needs[1]:
             h_k[:, :, seen] += at_scores.mT @ squared(q_t * scale)
         if h_mask is not None:
             h_mask[:, :, head, step, seen] = at_scores
         if h_q is not None:
-            h_q[:, :, here] = _at_queries(p, k_t * scale, v_t, o, weight, h_t)
+            h_q[:, :, here] = _at_queries(p, k_t * scale, for_queries)
     return [
         None if h_q is None else h_q.view(query.shape),
         h_k if needs[1] else None,
@@ -135,20 +137,8 @@ def _probabilities(scores: Tensor, mask: Tensor | None, causal: bool, step: Tens
     return p
 
 
-def _at_queries(p: Tensor, k: Tensor, v: Tensor, o: Tensor, weight: Tensor | None, h: Tensor | None) -> Tensor:
-    """``sum_e C_tde^2 h_te + sum_j weight_tj (k_jd - K_td)^2`` for one block of queries; k is scaled already."""
+def _at_queries(p: Tensor, k: Tensor, weight: Tensor) -> Tensor:
+    """``sum_j weight_tj (k_jd - K_td)^2`` for one block of queries; k is scaled already."""
     center = p @ k
-    total = torch.zeros_like(center)
-    if weight is not None:  # the weights of a row sum to zero, which leaves two terms of the square
-        total += weight @ squared(k) - 2 * center * (weight @ k)
-    if h is not None:
-        width = v.shape[-1]
-        longest = max(p.shape[-1], p.shape[-2]) * p.shape[0] * p.shape[1]
-        block = max(1, _IN_CACHE // max(1, longest * width))
-        for start in range(0, k.shape[-1], block):
-            part = slice(start, start + block)
-            products = (k[..., part, None] * v[..., None, :]).flatten(-2)
-            covariance = (p @ products).unflatten(-1, (-1, width))
-            covariance.addcmul_(center[..., part, None], o[..., None, :], value=-1).square_()
-            total[..., part] += covariance.mul_(h[..., None, :]).sum(-1)
-    return total
+    square: Tensor = weight @ squared(k) - 2 * center * (weight @ k)
+    return square.addcmul_(center.square(), weight.sum(-1, keepdim=True))

@@ -23,7 +23,12 @@ from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation,
 _LSTM = 2  # torch's number of the mode
 
 
-@register_rule("MkldnnRnnLayerBackward0", curved=True, multi_output=True)
+@register_rule(
+    "MkldnnRnnLayerBackward0",
+    curved=True,
+    multi_output=True,
+    approximate="the recursion through the cell's operations, as for an LSTM that is not fused",
+)
 def fused_lstm(op: Operation) -> Formula:
     """The recursion through the cell's operations, as for an LSTM that is not fused; the forward pass is run again."""
     node = op.node
