@@ -91,27 +91,32 @@ def _diagonals(
     if causal and length >= 64:
         rows = min(rows, -(-length // 4))  # the later keys, which a block does not see, are left out
     for start in range(0, shared * length, rows):
-        here = torch.arange(start, min(start + rows, shared * length), device=q.device)
-        head, step = here // length, here % length
+        here = slice(start, min(start + rows, shared * length))
+        entries = torch.arange(here.start, here.stop, device=q.device)
+        head, step = entries // length, entries % length
         seen = slice(0, min(keys, start + rows) if causal and shared == 1 else keys)
         q_t, k_t, v_t = q[:, :, here], k[:, :, seen], v[:, :, seen]
         mask_t = None if mask is None else mask[:, :, head, step, seen]
         p = _probabilities(q_t @ (k_t.mT * scale), mask_t, causal, step)
         o = p @ v_t
         square = p * p
-        at_scores, for_queries = torch.zeros_like(p), torch.zeros_like(p)
+        at_scores = for_queries = None
         if h is not None:
             h_t = h[:, :, here]
             if needs[2]:
                 h_v[:, :, seen] += square.mT @ h_t
-            apart = h_t @ squared(v_t).mT - 2 * (h_t * o) @ v_t.mT + (h_t * o * o).sum(-1, keepdim=True)
-            at_scores.addcmul_(square, apart)
-            for_queries.addcmul_(square, apart)
+            moved = h_t * o
+            apart = h_t @ squared(v_t).mT
+            apart.sub_(2 * moved @ v_t.mT).add_((moved * o).sum(-1, keepdim=True))
+            at_scores = for_queries = apart.mul_(square)
         if g is not None:
             g_t = g[:, :, here]
             weight = p * (g_t @ v_t.mT - (g_t * o).sum(-1, keepdim=True))
-            at_scores.addcmul_(1 - 2 * p, weight)
-            for_queries.add_(weight)
+            bent = torch.addcmul(weight, p, weight, value=-2)
+            at_scores = bent if at_scores is None else at_scores + bent
+            for_queries = weight if for_queries is None else for_queries + weight
+        assert at_scores is not None  # one of g and h is there
+        assert for_queries is not None
         if needs[1]:
             h_k[:, :, seen] += at_scores.mT @ squared(q_t * scale)
         if h_mask is not None:
