@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonargparse
 import matplotlib
@@ -31,6 +31,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -43,7 +45,7 @@ from hesscale_lightning.optim import AdaHesScale, StepSizeScaling
 RESULTS = Path("examples/paper/results/optimization.json")
 DOCUMENT = Path("docs/optimization.md")
 PICTURE = Path("docs/optimization.png")
-BEGIN, END = "<!-- written by examples/paper/optimization.py: begin -->", "<!-- end -->"
+BEGIN, END = "<!-- generated: optimization -->", "<!-- end of generated -->"
 POINTS = 8  # measured points of a loss curve
 ACCURACY_MARGIN = 0.01
 BUDGETS = {"time": "equal time", "steps": "equal steps"}
@@ -119,7 +121,7 @@ class Curved(Method):
     """AdaHesScale as it comes."""
 
     every = 1
-    method = "hesscale"
+    method: Literal["hesscale", "hesscale_gn"] = "hesscale"
     options: dict[str, Any] = {}  # noqa: RUF012
 
     def build(self, params: list[Tensor], lr: float) -> torch.optim.Optimizer:
@@ -176,7 +178,7 @@ class AdaHessian(Method):
             param.grad = grad.detach()
 
     def update(self) -> None:
-        self.optimizer.step(hessian=self.diagonals)  # type: ignore[call-arg]
+        self.optimizer.step(hessian=self.diagonals)  # type: ignore[call-overload]
 
 
 REFERENCE = "Adam"
@@ -274,7 +276,8 @@ class Data:
 def load(name: str) -> Data:
     """Load a task's data; the split is the same for all seeds."""
     source, shape, _ = TASKS[name]
-    module: Any = DigitsDataModule(shape=shape) if source == "digits" else MNIST1DDataModule(shape=shape)
+    kind: Any = DigitsDataModule if source == "digits" else MNIST1DDataModule
+    module = kind(shape=shape)
     module.setup()
     return Data(*module.train_set.tensors, *module.test_set.tensors)
 
@@ -350,12 +353,13 @@ def train(key: Key, data: Data, settings: Settings, costs: dict[str, float]) -> 
 
 @torch.no_grad()
 def training_loss(model: nn.Module, data: Data) -> float:
-    return cross_entropy(model(data.x), data.y).item()
+    return float(cross_entropy(model(data.x), data.y))
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Data) -> float:
-    return (model(data.test_x).argmax(1) == data.test_y).float().mean().item()
+    right = model(data.test_x).argmax(1) == data.test_y
+    return float(right.float().mean())
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -510,17 +514,14 @@ def failures(results: dict[str, Any], optimizer: str) -> Failures:
     return Failures(len(runs), len(runs) - len(finite), diverged, worst)
 
 
-def shared_lr(results: dict[str, Any], optimizer: str, budget: str) -> tuple[str, float]:
-    """The best single learning rate for all tasks, and the geometric mean of the loss at it over tuned Adam's."""
-    tasks = list(results["runs"])
-    best = {task: statistics.fmean(tune(results, task, REFERENCE, budget).losses) for task in tasks}
-    found = {task: means(results, task, optimizer, budget) for task in tasks}
-    ratios = {
-        lr: math.exp(statistics.fmean(math.log(found[task][lr] / best[task]) for task in tasks))
-        for lr in found[tasks[0]]
-    }
-    lr = min(ratios, key=lambda rate: ratios[rate])
-    return lr, ratios[lr]
+def relative(results: dict[str, Any], optimizer: str, budget: str) -> dict[str, float]:
+    """At every learning rate, the geometric mean over the tasks of the loss over that of Adam tuned on the task."""
+    ratios: dict[str, list[float]] = {}
+    for task in results["runs"]:
+        best = statistics.fmean(tune(results, task, REFERENCE, budget).losses)
+        for lr, loss in means(results, task, optimizer, budget).items():
+            ratios.setdefault(lr, []).append(math.log(loss / best))
+    return {lr: math.exp(statistics.fmean(found)) for lr, found in ratios.items()}
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -588,7 +589,9 @@ def conclusions(results: dict[str, Any]) -> str:
 
     def loss(budget: str, task: str, optimizer: str) -> str:
         found = tuned[task, optimizer, budget]
-        return f"{spread(found.losses, 1000)} ({rate(found.lr)})"
+        lowest = min(statistics.fmean(tuned[task, other, budget].losses) for other in optimizers)
+        text = f"{spread(found.losses, 1000)} ({rate(found.lr)})"
+        return f"**{text}**" if statistics.fmean(found.losses) == lowest else text
 
     def percent(budget: str, task: str, optimizer: str) -> str:
         return spread(tuned[task, optimizer, budget].accuracies, 100)
@@ -614,6 +617,7 @@ def conclusions(results: dict[str, Any]) -> str:
             (summary(results, optimizer, tuned) for optimizer in optimizers),
         ),
         findings(results),
+        *(f"## One learning rate for all tasks, {t}\n\n{untuned(results, b)}" for b, t in BUDGETS.items()),
         *(f"## Training loss in thousandths, {t}\n\n{by_task(partial(loss, b))}" for b, t in BUDGETS.items()),
         *(f"## Test accuracy in percent, {t}\n\n{by_task(partial(percent, b))}" for b, t in BUDGETS.items()),
         "## Learning rates within twice the optimizer's best loss, and within "
@@ -625,6 +629,16 @@ def conclusions(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def untuned(results: dict[str, Any], budget: str) -> str:
+    """Table of the loss at every learning rate, over that of Adam tuned on each task."""
+    rows = []
+    for optimizer in results["settings"]["optimizers"]:
+        ratios = [*relative(results, optimizer, budget).values()]
+        cells = [f"{ratio:.3g}" if ratio < 1000 else "> 1000" for ratio in ratios]
+        rows.append([optimizer, *(f"**{c}**" if r == min(ratios) else c for c, r in zip(cells, ratios, strict=True))])
+    return table(["optimizer", *(f"{lr:g}" for lr in results["settings"]["lrs"])], rows)
+
+
 def summary(results: dict[str, Any], optimizer: str, tuned: dict[tuple[str, str, str], Tuned]) -> list[str]:
     """An optimizer's row in the table of conclusions."""
     tasks = list(results["runs"])
@@ -632,7 +646,8 @@ def summary(results: dict[str, Any], optimizer: str, tuned: dict[tuple[str, str,
     if optimizer != REFERENCE:
         found = [compare(results, optimizer, REFERENCE, budget) for budget in BUDGETS]
         scores = [f"{len(by[1])} / {len(by[0])} / {len(by[-1])}" for by in found]
-    lr, ratio = shared_lr(results, optimizer, "time")
+    ratios = relative(results, optimizer, "time")
+    lr = min(ratios, key=lambda one: ratios[one])
     failed = failures(results, optimizer)
     at_time = [tuned[task, optimizer, "time"] for task in tasks]
     cost = results["milliseconds"]
@@ -640,7 +655,7 @@ def summary(results: dict[str, Any], optimizer: str, tuned: dict[tuple[str, str,
         optimizer,
         f"{statistics.median(cost[task][optimizer] / cost[task][REFERENCE] for task in tasks):.2f}",
         *scores,
-        f"{ratio:.2f} ({rate(lr)})" if math.isfinite(ratio) else "none",
+        f"{ratios[lr]:.2f} ({rate(lr)})" if math.isfinite(ratios[lr]) else "none",
         f"{statistics.fmean(found.flat for found in at_time):.1f}",
         f"{statistics.fmean(found.accurate for found in at_time):.1f}",
         str(failed.infinite),
@@ -693,56 +708,62 @@ STYLES: dict[str, dict[str, Any]] = {
     "SGD, momentum 0.9": {"color": "#8a8a9a", "linewidth": 1.4},
     "AdaHessian": {"color": "#be185d", "linewidth": 1.4},
 }
+SHADED = ("AdaHesScale, h every 10 steps", "Adam")
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Draw the final training loss at equal time over the learning rate, one panel for each task."""
     plt.rcParams.update({"font.size": 11, "axes.edgecolor": MUTED, "axes.labelcolor": INK, "text.color": INK})
-    tasks = list(results["runs"])
+    settings, tasks = results["settings"], list(results["runs"])
     columns = min(3, len(tasks))
     rows = math.ceil(len(tasks) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.7 * rows + 1.3), sharex=True, squeeze=False)
-    rates = results["settings"]["lrs"]
+    height = 3.6 * rows + 1.4
+    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, height), sharex=True, squeeze=False)
     for task, axis in zip(tasks, axes.flat, strict=False):
-        runs = results["runs"][task]
-        initial = statistics.fmean(run["initial"] for found in runs[REFERENCE].values() for run in found)
-        top = 4 * initial
-        drawn = []
-        for optimizer in results["settings"]["optimizers"]:
-            found = [means(results, task, optimizer, "time")[f"{lr:.0e}"] for lr in rates]
-            drawn += found
-            axis.plot(rates, [min(loss, top) for loss in found], label=optimizer, markersize=4, **STYLES[optimizer])
-        bottom = min(drawn)
-        axis.axhline(initial, color=MUTED, linewidth=0.8, linestyle=":")
-        axis.annotate(
-            "at the start", (rates[0], initial), (0, 3), textcoords="offset points", color=MUTED, fontsize=8.5
-        )
-        axis.set(xscale="log", yscale="log", ylim=(bottom / 1.5, top))
-        axis.set_title(task, loc="left", fontsize=12, fontweight="bold")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.15)
-        axis.tick_params(length=3)
+        draw_task(results, task, axis)
     for axis in axes[-1]:
         axis.set_xlabel("learning rate")
     for row in axes:
         row[0].set_ylabel("training loss")
-    figure.suptitle("Final training loss at equal time", x=0.012, y=0.985, ha="left", fontsize=15, fontweight="bold")
-    settings = results["settings"]
-    figure.text(
-        0.012,
-        1 - 0.62 / figure.get_figheight(),
-        f"cross-entropy, mean of {settings['seeds']} seeds, when the time of {settings['steps']} steps of Adam is "
-        "spent; lines that reach the upper edge diverged",
-        color=MUTED,
-        fontsize=10,
+    figure.text(0.012, 1 - 0.33 / height, "Final training loss at equal time", fontsize=15, fontweight="bold")
+    explanation = (
+        f"cross-entropy when the time of {settings['steps']} steps of Adam is spent, mean of {settings['seeds']} "
+        "seeds; shaded: lowest to highest seed; dotted: before training; lines that leave the panel diverged"
     )
+    figure.text(0.012, 1 - 0.58 / height, explanation, color=MUTED, fontsize=10)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False, fontsize=10)
-    height = figure.get_figheight()
-    figure.tight_layout(rect=(0, 0.72 / height, 1, 1 - 0.72 / height))
+    figure.tight_layout(rect=(0, 0.62 / height, 1, 1 - 0.7 / height), h_pad=1.6, w_pad=1.8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def draw_task(results: dict[str, Any], task: str, axis: Axes) -> None:
+    runs, rates = results["runs"][task], results["settings"]["lrs"]
+    initial = statistics.fmean(run["initial"] for found in runs[REFERENCE].values() for run in found)
+    beyond = 100 * initial  # for losses that are not finite
+    drawn = []
+    for optimizer, style in STYLES.items():
+        if optimizer not in runs:
+            continue
+        found = [[min(loss, beyond) for loss in losses(runs[optimizer][f"{lr:.0e}"], "time")] for lr in rates]
+        mean = [statistics.fmean(seeds) for seeds in found]
+        axis.plot(rates, mean, label=optimizer, markersize=4, **style)
+        if optimizer in SHADED:
+            lowest, highest = [min(seeds) for seeds in found], [max(seeds) for seeds in found]
+            axis.fill_between(rates, lowest, highest, color=style["color"], alpha=0.12, linewidth=0)
+        drawn += mean
+    axis.axhline(initial, color=MUTED, linewidth=1.0, linestyle=":")
+    axis.set(xscale="log", yscale="log", ylim=(min(drawn) / 1.4, 3 * initial))
+    if min(drawn) > initial / 20:  # less than two decades: plain numbers instead of powers
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_title(task, loc="left", fontsize=12, fontweight="bold")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.15)
+    axis.tick_params(length=3)
 
 
 def write_document(results: dict[str, Any], path: Path) -> None:
@@ -754,7 +775,7 @@ def write_document(results: dict[str, Any], path: Path) -> None:
     path.write_text(f"{before}{BEGIN}\n\n{conclusions(results)}\n\n{END}{after}")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     settings = resolved(jsonargparse.auto_cli(Settings, args=arguments, as_positional=False))
     assert settings.results is not None
     assert settings.document is not None
