@@ -150,9 +150,12 @@ class Joiner:
         row_rule = None if rule is None else rows.find_row_rule(rule.name)
         if row_rule is None or rule is None:
             return None
+        return row_rule(self._operation(position))
+
+    def _operation(self, position: int) -> Operation:
         node = self._found.nodes[position]
         needs = [self._found.index[child] >= 0 for child, _, _ in self._found.edges[node]]
-        return row_rule(Operation(node, node.next_functions, needs, [False] * len(needs), "hesscale", rule.curved))
+        return Operation(node, node.next_functions, needs, [False] * len(needs), "hesscale", False)
 
     def _mixes(self, position: int) -> bool:
         row = self._row(position)
@@ -256,6 +259,8 @@ class Joiner:
         sources: dict[Edge, int] = {}
         flat_sources: list[bool | None] = []
         described: list[Member] = []
+        widths: set[int] = set()
+        rowwise = False
         for position in members:
             rule = self._rules[position]
             assert rule is not None
@@ -271,13 +276,13 @@ class Joiner:
                         sources[edge] = len(sources)
                         flat_sources.append(None)
                     wiring.append(~sources[edge])
+            operation = self._operation(position)
             row = None if rule.partials is not None else self._row(position)
             inner = {described[entry].flat for entry in wiring if entry is not None and entry >= 0}
             if len(inner) > 1:
                 return None  # a tensor with a last dimension beside one without: they would not line up
-            flat = inner.pop() if inner else False
-            takes_flat = flat if row is None else row.flat is False and not row.mixes  # only unsqueeze does
-            if inner and flat is not takes_flat:
+            takes_flat = True in inner if row is None else row.flat is False and not row.mixes  # only unsqueeze does
+            if inner - {takes_flat}:
                 return None  # a reduction over another dimension than the rows'
             for entry in wiring:
                 if entry is not None and entry < 0:
@@ -286,6 +291,12 @@ class Joiner:
                     flat_sources[~entry] = takes_flat
             flat = takes_flat if row is None or row.flat is None else row.flat
             described.append(Member(position, rule.partials, [e is not None for e in wiring], wiring, flat))
+            if row is not None:
+                rowwise = True
+                widths |= _width(operation.input_shape(0), takes_flat)
+            widths |= _width(operation.output_shape(), flat)
+        if rowwise and len(widths) > 1:
+            return None  # rows of two lengths, as where a sum over rows is expanded again
         private = {end}
         for position in taken[1:]:
             if all(user in private for user in self._consumers[position]):
@@ -352,15 +363,21 @@ def _fits(composite: Composite, operations: Sequence[Operation]) -> list[Callabl
     return [fits[source] for source in range(len(composite.sources))]
 
 
+def _width(shape: torch.Size, flat: bool) -> set[int]:
+    """The length of a tensor's rows, unless there is one entry for each row."""
+    return set() if flat or not shape or shape[-1] == 1 else {shape[-1]}
+
+
 def _row_formula(composite: Composite, operations: Sequence[Operation]) -> Formula | None:
     members = composite.members
     steps: list[tuple[Callable[..., object], bool]] = []
     shapes: dict[int, torch.Size] = {}
-    width = 1
+    widths: set[int] = set()
     for member, op in zip(members, operations, strict=True):
         for i, entry in enumerate(member.wiring):
             if entry is not None and entry < 0:
                 shapes[~entry] = op.input_shape(i)
+        widths |= _width(op.output_shape(), member.flat)
         if member.partials is not None:
             steps.append((member.partials(op), member.flat))
             continue
@@ -369,9 +386,10 @@ def _row_formula(composite: Composite, operations: Sequence[Operation]) -> Formu
         if row is None or (row.flat is not None and row.flat is not member.flat):
             return None
         steps.append((row.apply, member.flat))
-        shape = op.input_shape(0)
-        if len(shape):
-            width = max(width, shape[-1])
+        widths |= _width(op.input_shape(0), row.flat is False and not row.mixes)
+    if len(widths) > 1:
+        return None
+    width = max(widths, default=1)
     fits = _fits(composite, operations)
 
     def carried(start: rows.Taylor, at: int | None, source: int | None, partials: list[object]) -> rows.Taylor:
@@ -415,6 +433,9 @@ def _row_formula(composite: Composite, operations: Sequence[Operation]) -> Formu
             taylor = carried(rows.source(shapes[source], width, flat), None, source, partials)
             total = rows.curvature(taylor, g, h, width)
             if isinstance(total, Tensor):
+                shape = shapes[source]
+                if not flat and shape and total.shape[-1] < shape[-1]:  # alike for all entries of a row
+                    total = total.expand(*total.shape[:-1], shape[-1])
                 results.append(fits[source](total.squeeze(-1) if flat else total))
             else:  # the number 0: no curvature arrives, and none is made
                 results.append(None)

@@ -554,6 +554,7 @@ def _rows(a: Tensor, b: Tensor) -> Tensor:
 FAMILIES: dict[str, list[str]] = {
     "elementwise": ["binary"] * 6 + ["unary"] * 4 + ["view"],
     "layers": ["product"] * 4 + ["unary", "binary", "normalisation"] * 2 + ["reduction", "convolution", "join"],
+    "rows": ["normalisation"] * 3 + ["reduction"] * 4 + ["binary"] * 6 + ["unary"] * 2 + ["product"],
     "views": ["view"] * 4 + ["binary"] * 4 + ["several"] * 2 + ["join"] * 2 + ["unary", "reduction", "product"],
     "in_place": ["in_place"] * 5 + ["clone"] * 2 + ["view", "binary"] * 3 + ["unary", "buffer", "join", "product"],
     "everything": [

@@ -39,7 +39,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +62,12 @@ ELEMENTWISE = _words(
     erfc lgamma digamma abs neg round floor ceil trunc sign logit
     """
 )
+
+#: Losses that sum over entries, in which paths may meet, but which are not taken in.
+MEETING_LOSSES = {"binary_cross_entropy", "binary_cross_entropy_with_logits"}
+
+#: Operations that may be joined where they work along the last dimension.
+ROW_WISE = _words("sum mean logsumexp _softmax _log_softmax gather max min var std unsqueeze squeeze expand")
 
 #: Operations that only rearrange, select from, or cast one tensor: a parameter behind them is still a parameter.
 VIEWS = _words(
@@ -141,6 +147,7 @@ class Operation:
     function: Callable[[Sequence[Tensor]], list[Tensor]]
     inputs: list[Value]
     outputs: list[Value] = field(default_factory=list)
+    arguments: dict[str, Any] = field(default_factory=dict)  # by the names of its schema
     on_part: bool = False  # in place on a view: from the whole old tensor to the whole new one
 
     @property
@@ -153,6 +160,37 @@ class Operation:
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         return self.function(inputs)
+
+
+@dataclass
+class Row:
+    """How an operation works along the last dimension: whether its result has lost it (None: as its input), and whether
+    an entry of the result depends on several of the input."""
+
+    flat: bool | None
+    mixes: bool
+
+
+def row_of(op: Operation) -> Row | None:
+    """None for an operation that does not work along the last dimension."""
+    if op.on_part or op.name not in ROW_WISE:
+        return None
+    before, after, arguments = op.inputs[0].saved.shape, op.outputs[0].saved.shape, op.arguments
+    if op.name == "expand":
+        return Row(None, False) if len(before) == len(after) else None
+    dims = arguments.get("dim")
+    dims = [dims] if isinstance(dims, int) else dims
+    rank = len(after) if op.name == "unsqueeze" else len(before)
+    if not dims or len(dims) != 1 or rank == 0 or dims[0] % rank != rank - 1:
+        return None
+    if op.name == "unsqueeze":
+        return Row(False, False)
+    if op.name == "squeeze":
+        return Row(True, False) if before[-1] == 1 else None
+    if op.name == "gather":
+        index = arguments["index"].shape
+        return Row(False, True) if index[-1] == 1 and index[:-1] == before[:-1] else None
+    return Row(None if op.name in ("_softmax", "_log_softmax") else len(after) < len(before), True)
 
 
 class Recording(TorchDispatchMode):
@@ -240,7 +278,8 @@ class Recording(TorchDispatchMode):
                 return [whole if part is not None or name not in TWICE_DIFFERENTIABLE else result]
             return [r for r in tree_flatten(result)[0] if isinstance(r, Tensor)]
 
-        operation = Operation(name, function, [v for _, v in inputs], on_part=part is not None)
+        arguments = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+        operation = Operation(name, function, [v for _, v in inputs], arguments=arguments, on_part=part is not None)
         self._append(operation, outputs)
         return out
 
@@ -296,6 +335,13 @@ class Recording(TorchDispatchMode):
 Variable = tuple[Value, bool]  # a value, and whether it is transposed
 
 
+class Joined(NamedTuple):
+    """Operations taken for one, and those of them that are not carried on their own as well."""
+
+    members: list[Operation]
+    absorbed: set[Operation]
+
+
 class _Sweep:
     def __init__(self, recording: Recording, loss: Tensor, goals: set[Value], method: str) -> None:
         root = recording._value(loss)
@@ -319,6 +365,7 @@ class _Sweep:
         self.order = [op for op in reversed(order) if any(v in self.between for v in op.outputs)]
         self.g: dict[Value, Tensor] = {root: torch.ones_like(root.saved)}
         self.h: dict[Value, Tensor] = {root: torch.zeros_like(root.saved)}
+        self._users: dict[Operation, list[Operation]] = {}
         self.inside = self._inside()
 
     # -- structure
@@ -349,43 +396,138 @@ class _Sweep:
                 inside.update(v.producer for v in op.inputs if v.producer is not None)
         return inside if self.gauss_newton else set()
 
-    def joined(self, meeting: Operation, absorbed: set[Operation]) -> list[Operation]:
-        """The operations joined with one that is a meeting point, from it downwards; none if no paths meet in it."""
-        if not meeting.elementwise or len(self.variables(meeting)) < 2:
-            return []
+    def below(self, op: Operation) -> list[Operation]:
+        """The operations that its inputs come from."""
+        return [v.producer for v, _ in self.variables(op) if v.producer is not None]
+
+    def users(self, op: Operation) -> list[Operation]:
+        """The operations that use any of its values."""
+        if not self._users:
+            for user in self.order:
+                for maker in self.below(user):
+                    self._users.setdefault(maker, []).append(user)
+        return self._users.get(op, [])
+
+    def joined(self, meeting: Operation) -> Joined | None:
+        """What is joined with an operation, if paths meet in it."""
+        if not (meeting.elementwise or meeting.name in MEETING_LOSSES) or len(self.variables(meeting)) < 2:
+            return None
+        if meeting.elementwise:
+            members = self._private(meeting, rows=True)
+            if any(row_of(op) for op in members):
+                members = self._through_mixing(members, meeting)
+                if self._line_up(members):
+                    return self._described(meeting, members)
+        members = self._private(meeting, rows=False) or self._shared(meeting)
+        return self._described(meeting, members) if members else None
+
+    def _described(self, meeting: Operation, members: set[Operation]) -> Joined:
+        ordered = [op for op in self.order if op in members]
+        absorbed = {meeting}
+        for op in ordered:
+            if op is not meeting and all(user in absorbed for user in self.users(op)):
+                absorbed.add(op)
+        return Joined(ordered, absorbed)
+
+    def _may_join(self, op: Operation, meeting: Operation, rows: bool) -> bool:
+        return (
+            (op.elementwise or (rows and row_of(op) is not None))
+            and not any(v in self.goals for v in op.outputs)
+            and (op in self.inside) == (meeting in self.inside)
+            and all(
+                v is op.outputs[0] and not turned
+                for user in self.users(op)
+                for v, turned in self.variables(user)
+                if v.producer is op
+            )
+        )
+
+    def _private(self, meeting: Operation, rows: bool) -> set[Operation]:
+        """The meeting point and what only serves it, down to where all paths have met; nothing if none meet."""
         taken = [meeting]
         for op in self.order[self.order.index(meeting) + 1 :]:
-            value = op.outputs[0]
-            uses = [user for user in self.order for v, _ in self.variables(user) if v is value]
-            if (
-                op.elementwise
-                and value not in self.goals
-                and op not in absorbed
-                and (op in self.inside) == (meeting in self.inside)
-                and uses
-                and all(user in taken for user in uses)
-                and not any((value, True) in self.variables(user) for user in uses)
-            ):
+            uses = self.users(op)
+            if uses and all(user in taken for user in uses) and self._may_join(op, meeting, rows):
                 taken.append(op)
-        used = [variable for op in taken for variable in self.variables(op)]
-        if len(set(used)) == len(used):
-            return []
         for neck in taken[1:]:
             above = self._above(meeting, neck, taken)
             ends = {v for op in above for v in self.variables(op) if v[0].producer not in above}
             if ends == {(neck.outputs[0], False)}:
-                return [op for op in taken if op in above]
-        return taken
+                return self._on_the_way(above)
+        return self._on_the_way(set(taken))
 
     def _above(self, meeting: Operation, neck: Operation, taken: list[Operation]) -> set[Operation]:
         """What can be reached from the meeting point without passing the neck."""
         reached = {meeting}
         for op in taken:
             if op in reached:
-                reached.update(
-                    v.producer for v, _ in self.variables(op) if v.producer in taken and v.producer is not neck
-                )  # type: ignore[arg-type]
+                reached.update(maker for maker in self.below(op) if maker in taken and maker is not neck)
         return reached
+
+    def _shared(self, meeting: Operation) -> set[Operation]:
+        """Elementwise operations on the way to where paths meet, though others use their results."""
+        taken = {meeting}
+        for op in self.order:
+            if op not in taken and any(user in taken for user in self.users(op)) and self._may_join(op, meeting, False):
+                taken.add(op)
+        return self._on_the_way(taken)
+
+    def _on_the_way(self, taken: set[Operation]) -> set[Operation]:
+        """Those of ``taken`` below which some value is used twice by ``taken``."""
+        uses = [v for op in taken for v in self.variables(op)]
+        leads: set[Operation] = set()
+        for op in reversed(self.order):
+            if op in taken and any(uses.count(v) > 1 or v[0].producer in leads for v in self.variables(op)):
+                leads.add(op)
+        return leads
+
+    def _through_mixing(self, members: set[Operation], meeting: Operation) -> set[Operation]:
+        """Where sources of a composite along rows come from another mixing operation, that one too, and so on."""
+        members = set(members)
+        waiting = [op for member in members for op in self.below(member) if op not in members]
+        while waiting:
+            passed = self._down_to_mixing(waiting.pop(), meeting)
+            members |= passed
+            waiting += [op for member in passed for op in self.below(member) if op not in members]
+        return members
+
+    def _down_to_mixing(self, op: Operation, meeting: Operation) -> set[Operation]:
+        passed: set[Operation] = set()
+        while self._may_join(op, meeting, rows=True):
+            passed.add(op)
+            row = row_of(op)
+            if row is not None and row.mixes:
+                return passed
+            if len(self.variables(op)) > 1:
+                further = self.joined(op)
+                rowwise = further is not None and any(row_of(member) for member in further.members)
+                return passed | set(further.members) if further is not None and rowwise else set()
+            if not self.below(op):
+                return set()
+            (op,) = self.below(op)
+        return set()
+
+    def _line_up(self, members: set[Operation]) -> bool:
+        """Whether no tensor that has lost its rows' dimension meets one that has it, and all rows are the same ones."""
+        flat: dict[Operation, bool] = {}
+        sources: dict[Variable, bool] = {}
+        widths: set[int] = set()
+        for op in reversed(self.order):
+            if op not in members:
+                continue
+            row = row_of(op)
+            inner = {flat[maker] for maker in self.below(op) if maker in members}
+            takes_flat = row.flat is False and not row.mixes if row is not None else True in inner
+            if inner - {takes_flat}:
+                return False
+            for v in self.variables(op):
+                if v[0].producer not in members and sources.setdefault(v, takes_flat) is not takes_flat:
+                    return False
+            flat[op] = takes_flat if row is None or row.flat is None else row.flat
+            shapes = [] if row is None or takes_flat else [op.inputs[0].saved.shape]
+            shapes += [] if flat[op] else [op.outputs[0].saved.shape]
+            widths.update(shape[-1] for shape in shapes if shape and shape[-1] != 1)
+        return len(widths) <= 1
 
     # -- numbers
 
@@ -394,10 +536,10 @@ class _Sweep:
         for op in self.order:
             if op in absorbed:
                 continue
-            members = self.joined(op, absorbed)
-            absorbed.update(members)
-            if members:
-                self._through(op, *self._joined_function(members))
+            joined = self.joined(op)
+            if joined is not None:
+                absorbed |= joined.absorbed
+                self._through(op, *self._joined_function(joined.members))
             else:
                 wanted = [self.leads(v) for v in op.inputs]
                 self._through(op, op.run, [(v, False) for v in op.inputs], wanted)

@@ -1,0 +1,90 @@
+"""Joining along rows where it is easy to take one dimension for another: against the slow recursion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from hesscale_lightning.curvature import engine, exact_hess_diag
+from tests.curvature.slow import Recording
+from tests.curvature.test_random_graphs import METHODS, agree, diagonals
+
+Case = tuple[Callable[..., Tensor], list[tuple[int, ...]]]
+CASES: dict[str, Case] = {
+    "x and its sum without a last dimension": (lambda x: (x.sum(0) * x).square().sum(), [(3,)]),
+    "x and its mean, broadcast along columns": (lambda x: (x.mean(-1) * x).square().sum(), [(3, 3)]),
+    "x and its kept mean": (lambda x: (x * torch.sigmoid(x.mean(-1, keepdim=True))).exp().sum(), [(3, 3)]),
+    "x unsqueezed twice": (lambda x: (x.unsqueeze(-1) * x.unsqueeze(-1)).exp().sum(), [(3, 3)]),
+    "x and exp(x) unsqueezed": (lambda x: (x.unsqueeze(-1) * x.exp().unsqueeze(-1)).tanh().sum(), [(3, 3)]),
+    "softmax unsqueezed": (
+        lambda x: (x.softmax(-1).unsqueeze(-1) * x.softmax(-1).unsqueeze(-1)).exp().sum(),
+        [(3, 3)],
+    ),
+    "rows of one entry beside longer ones": (
+        lambda x, y: (torch.lerp(x, x, 0.3).mean(0, keepdim=True) * y).square().sum(),
+        [(1,), (3,)],
+    ),
+    "alike for all entries": (
+        lambda x, y: (torch.lerp(x, x, 0.3).mean(0, keepdim=True) * y).square().sum(),
+        [(3,), (3,)],
+    ),
+    "expanded to longer rows": (
+        lambda x: ((x * x).sum(-1, keepdim=True).expand(2, 5).softmax(-1) * torch.arange(5).double()).sum().exp(),
+        [(2, 3)],
+    ),
+    "no curvature arrives": (lambda x: torch.lerp(x + x, (x + x).mean(-1, keepdim=True), 0.3)[0].sum(), [(2, 3)]),
+    "entropy of columns": (
+        lambda x: ((w := x - x.logsumexp(0, keepdim=True)).exp() * w).sum(),
+        [(3, 3)],
+    ),
+    "entropy of rows": (
+        lambda x: ((w := x - x.logsumexp(1, keepdim=True)).exp() * w).sum(),
+        [(3, 3)],
+    ),
+}
+
+
+def leaves_of(case: Case) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in case[1]]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", CASES)
+def test_rows_are_joined_only_where_they_line_up(name: str, method: str) -> None:
+    engine._plans.clear()
+    leaves = leaves_of(CASES[name])
+    with Recording() as recording:
+        loss = CASES[name][0](*leaves)
+    for got, expected in zip(diagonals(loss, leaves, method), recording.curvature(loss, leaves, method), strict=True):
+        agree(got, expected)
+
+
+def test_an_entropy_of_rows_is_exact() -> None:
+    engine._plans.clear()
+    (x,) = leaves_of(CASES["entropy of rows"])
+    (exact,) = exact_hess_diag(CASES["entropy of rows"][0](x), [x])
+    agree(diagonals(CASES["entropy of rows"][0](x), [x], "hesscale")[0], exact)
+
+
+STALE = pytest.mark.xfail(strict=True, reason="a plan does not know along which dimension its operations worked")
+
+
+@pytest.mark.parametrize(
+    "order",
+    [pytest.param(("columns", "rows"), marks=STALE), ("rows", "columns"), ("rows", "columns", "rows")],
+    ids=lambda order: ", ".join(order),
+)
+def test_a_plan_for_another_dimension_is_not_used(order: tuple[str, ...]) -> None:
+    """The graphs of both entropies have the same nodes, and only that of rows can be joined along rows."""
+    engine._plans.clear()
+    for which in order:
+        function = CASES[f"entropy of {which}"][0]
+        leaves = leaves_of(CASES[f"entropy of {which}"])
+        with Recording() as recording:
+            loss = function(*leaves)
+        got = diagonals(loss, leaves, "hesscale")
+        agree(got[0], recording.curvature(loss, leaves)[0], which)
