@@ -20,7 +20,7 @@ from hesscale_lightning.optim import AdaHesScale, StepSizeScaling
 
 if TYPE_CHECKING:
     from hesscale_lightning.callback import HesScaleCallback
-    from hesscale_lightning.data import DigitsDataModule, MNIST1DDataModule
+    from hesscale_lightning.data import DiabetesDataModule, DigitsDataModule, MNIST1DDataModule
     from hesscale_lightning.metrics import (
         CurvatureAuditError,
         CurvatureHistogram,
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "HesScaleCallback": "hesscale_lightning.callback",
     "HesScaleModule": "hesscale_lightning.module",
+    "DiabetesDataModule": "hesscale_lightning.data",
     "DigitsDataModule": "hesscale_lightning.data",
     "MNIST1DDataModule": "hesscale_lightning.data",
     "CurvatureAuditError": "hesscale_lightning.metrics",
@@ -62,6 +63,7 @@ __all__ = [
     "CurvatureMeanAbs",
     "CurvatureNegativeFraction",
     "CurvatureTrace",
+    "DiabetesDataModule",
     "DigitsDataModule",
     "EffectiveLearningRate",
     "HesScaleCallback",

@@ -1,16 +1,22 @@
-"""The command line: trains, validates, tests or predicts what a config file describes.
+"""The command line: trains, validates, tests, predicts with or reports on what a config file describes.
 
     python -m hesscale_lightning fit --config examples/lightning/digits_mlp.yaml
     python -m hesscale_lightning fit --config examples/lightning/digits_mlp.yaml --trainer.max_epochs 5
+    python -m hesscale_lightning report --config CONFIG --ckpt CHECKPOINT
     python -m hesscale_lightning fit --help
 
 The console script ``hesscale`` is the same command.
 """
 
 import warnings
+from pathlib import Path
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
+
+from hesscale_lightning.curvature.engine import Method
+from hesscale_lightning.report import report
 
 
 class SaveConfigBesideLog(SaveConfigCallback):
@@ -21,6 +27,43 @@ class SaveConfigBesideLog(SaveConfigCallback):
         # Lightning would write to the working directory, over a config.yaml that is there.
         if trainer.loggers:
             super().setup(trainer, pl_module, stage)
+
+
+class ReportingTrainer(Trainer):
+    """A Trainer with one more command, ``report``."""
+
+    def report(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt: str | None = None,
+        picture: str | None = "outputs/report.png",
+        batches: int = 8,
+        method: Method = "hesscale",
+    ) -> None:
+        """Print what curvature meets in the training loss, and each layer's curvature; draw a picture of it.
+
+        Args:
+            model: the model.
+            datamodule: its data; None asks the model for its training batches.
+            ckpt: path of a checkpoint whose weights to load; null reports on the model as it is built.
+            picture: path of the PNG to write; null writes none.
+            batches: how many training batches the diagonal is the mean of.
+            method: hesscale, hesscale_gn or bl89.
+        """
+        if ckpt is not None:
+            if not Path(ckpt).is_file():
+                raise FileNotFoundError(f"Found no checkpoint at {ckpt}, expected one that `hesscale fit` has written.")
+            model.load_state_dict(torch.load(ckpt, map_location="cpu", weights_only=True)["state_dict"])
+        model.trainer = self
+        source = model if datamodule is None else datamodule
+        source.prepare_data()
+        source.setup("fit")
+        result = report(model, source.train_dataloader(), batches, method)
+        print(result)  # noqa: T201
+        if picture is not None:
+            result.draw(Path(picture))
+            print(f"\npicture: {Path(picture).resolve()}")  # noqa: T201
 
 
 class HesScaleCLI(LightningCLI):
@@ -35,6 +78,7 @@ class HesScaleCLI(LightningCLI):
         super().__init__(
             LightningModule,
             LightningDataModule,
+            trainer_class=ReportingTrainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             # A model takes its optimizer as an argument: one place to choose it.
@@ -44,11 +88,16 @@ class HesScaleCLI(LightningCLI):
             seed_everything_default=0,
             parser_kwargs={
                 "prog": "hesscale",
-                "description": "Train, validate, test or predict what a config file describes, with curvature.",
+                "description": "Train, validate, test, predict with or report on what a config file describes.",
             },
             args=args,
             run=run,
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The subcommands, and which of their arguments come from the config's model and data."""
+        return {**LightningCLI.subcommands(), "report": {"model", "datamodule"}}
 
 
 def main(args: ArgsType = None) -> None:

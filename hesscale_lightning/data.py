@@ -236,3 +236,50 @@ class MNIST1DDataModule(InMemoryDataModule):
         elif self.shape == "sequence":
             signals = signals.unsqueeze(2)
         return signals, classes
+
+
+class DiabetesDataModule(InMemoryDataModule):
+    """442 patients with 10 measurements and the progression of their diabetes after a year, embedded in scikit-learn.
+
+    Measurements and targets are standardised.
+
+    Args:
+        batch_size: samples in a batch, of each process.
+        val_fraction: share of all samples for validation.
+        test_fraction: share of all samples for the test.
+        seed: seed of the split; the same seed gives the same split on every machine.
+        num_workers: worker processes of the loaders; 0 is fastest, since all data is in memory.
+
+    Example:
+        >>> data = DiabetesDataModule(batch_size=16)
+        >>> data.setup()
+        >>> x, y = next(iter(data.train_dataloader()))
+        >>> x.shape, y.shape
+        (torch.Size([16, 10]), torch.Size([16]))
+
+    Source: Efron, Hastie, Johnstone, Tibshirani, "Least Angle Regression", Annals of Statistics, 2004.
+    """
+
+    def load(self) -> tuple[Tensor, Tensor]:
+        """Return the measurements, each with the same mean and deviation, and the progression."""
+        try:
+            from sklearn.datasets import load_diabetes
+        except ImportError as error:
+            raise ImportError(
+                "The diabetes data come with scikit-learn: pip install 'hesscale_lightning[examples]'"
+            ) from error
+        x, y = load_diabetes(return_X_y=True)
+        return torch.as_tensor(x, dtype=torch.float32), torch.as_tensor(y, dtype=torch.float32)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load, split and standardise, once, the targets too."""
+        loaded = self.train_set is not None
+        super().setup(stage)
+        if loaded or self.train_set is None:
+            return
+        mean, deviation = self.train_set.tensors[1].mean(), self.train_set.tensors[1].std()
+        self.train_set, self.val_set, self.test_set = (
+            BatchedTensorDataset(part.tensors[0], (part.tensors[1] - mean) / deviation)
+            for part in (self.train_set, self.val_set, self.test_set)
+            if part is not None
+        )

@@ -1,6 +1,7 @@
 """The command line runs the example configs, lets every value be changed, and says what is wrong with a wrong one."""
 
 import csv
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -44,19 +45,54 @@ def column(rows: list[dict[str, str]], key: str) -> dict[int, float]:
     return {int(row["step"]): float(row[key]) for row in rows if row[key]}
 
 
+EXPECTED = {
+    "digits_mlp",
+    "digits_cnn",
+    "mnist1d_gru",
+    "digits_vit",
+    "diabetes_gaussian",
+    "digits_adam_logging",
+    "digits_step_size_scaling",
+    "digits_ddp",
+    "digits_curvature",
+}
+
+
+def test_there_is_a_config_for_every_kind_of_run():
+    assert {path.stem for path in CONFIGS} == EXPECTED
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_example_config_trains_and_logs_loss_and_curvature(config, hesscale):
-    rows = read_log(hesscale("fit", config, *SHORT))
+    # A forked process goes on in this test; the config's own strategy starts the command once more.
+    options = ["--trainer.strategy", "ddp_fork"] if config.stem == "digits_ddp" else []
+    steps = 12 if re.search(r"^ +every_n_steps", config.read_text(), re.MULTILINE) else 6
+    rows = read_log(hesscale("fit", config, *SHORT, "--trainer.limit_train_batches", str(steps), *options))
     losses = column(rows, "train/loss")
-    assert list(losses) == [1, 3, 5]
-    assert losses[5] < losses[1]
-    assert list(column(rows, "curvature/trace")) == [1, 3, 5]
+    assert list(losses) == list(range(1, steps, 2))
+    assert min(list(losses.values())[-2:]) < losses[1]
+    curvature = column(rows, "curvature/trace")
+    assert curvature
+    assert set(curvature) <= set(range(steps))
     assert all(value > 0 for value in column(rows, "curvature/max_abs").values())
-    assert list(column(rows, "val/accuracy")) == [5]
+    assert list(column(rows, "val/loss")) == [steps - 1]
 
 
-def test_there_is_a_config_for_a_dense_and_a_convolutional_network():
-    assert {"digits_mlp", "digits_cnn"} <= {path.stem for path in CONFIGS}
+def test_two_processes_start_the_command_themselves(tmp_path):
+    config = ROOT / "examples" / "lightning" / "digits_ddp.yaml"
+    command = [sys.executable, "-m", "hesscale_lightning", "fit", "--config", str(config), *SHORT]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert list(column(read_log(tmp_path), "curvature/trace")) == [1, 3, 5]
+
+
+def test_curvature_logged_beside_adam_leaves_its_training_alone(hesscale, tmp_path):
+    config = ROOT / "examples" / "lightning" / "digits_adam_logging.yaml"
+    folder = hesscale("fit", config, *SHORT)
+    first = column(read_log(folder), "train/loss")
+    hesscale("fit", config, *SHORT, "--trainer.callbacks", "[]", "--trainer.logger.name", "bare")
+    with (folder / "outputs" / "bare" / "version_0" / "metrics.csv").open(newline="") as file:
+        assert column(list(csv.DictReader(file)), "train/loss") == first
 
 
 def test_a_checkpoint_can_be_validated_tested_and_predicted_with(hesscale, capsys):
@@ -69,6 +105,27 @@ def test_a_checkpoint_can_be_validated_tested_and_predicted_with(hesscale, capsy
         printed = capsys.readouterr().out
         assert all(key in printed for key in keys)
     hesscale("predict", MLP, *last)
+
+
+def test_a_report_prints_coverage_and_layers_and_draws_a_picture(hesscale, capsys):
+    folder = hesscale("fit", MLP, *SHORT)
+    (checkpoint,) = folder.glob("outputs/digits_mlp/version_0/checkpoints/last.ckpt")
+    capsys.readouterr()
+    hesscale("report", MLP, "--ckpt", str(checkpoint), "--picture", "picture.png", "--batches", "3")
+    printed = capsys.readouterr().out
+    assert "LogSoftmaxBackward0" in printed
+    assert "0 unsupported" in printed
+    rows = {line.split()[0]: line.split() for line in printed.splitlines() if line.startswith(("net.", "all "))}
+    assert list(rows) == ["net.0", "net.2", "net.4", "all"]
+    assert rows["net.0"][1] == "4,160"
+    shares = [float(rows[name][2]) for name in ("net.0", "net.2", "net.4")]
+    assert sum(shares) == pytest.approx(100, abs=0.2)
+    assert (folder / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_on_a_checkpoint_that_is_not_there_says_so(hesscale):
+    with pytest.raises(FileNotFoundError, match="no checkpoint at nowhere"):
+        hesscale("report", MLP, "--ckpt", "nowhere.ckpt")
 
 
 def test_the_same_run_twice_is_not_an_error_and_gives_the_same_result(hesscale):
@@ -147,7 +204,7 @@ def test_python_m_and_the_console_script_are_the_same_command():
     assert script.load() is main
     shown = subprocess.run([sys.executable, "-m", "hesscale_lightning", "--help"], capture_output=True, text=True)
     assert shown.returncode == 0
-    assert all(subcommand in shown.stdout for subcommand in ("fit", "validate", "test", "predict"))
+    assert all(subcommand in shown.stdout for subcommand in ("fit", "validate", "test", "predict", "report"))
 
 
 def test_the_demos_command_trains_from_the_repositorys_root(tmp_path):
