@@ -119,21 +119,37 @@ def make_plan(root: Node, found: Trace, goals: list[Output], method: str, rowwis
             absorbed |= composite.private
             inputs = composite.sources
         targets = [cell_of(index[child], output) for child, output, _ in inputs]
-        if composite is not None:  # the gradients that it sends to shared members
-            targets += [-2 - composite.members[place].position for place in composite.shared]
         outputs = None
         if rule.multi_output:
             outputs = [cell_of(position, k) for k in range(len(node._input_metadata))]
         elif any(owner == position for owner, _ in beyond):
             raise no_rule(root, node, "its rule covers the first output only, and another output is used here")
-        flips = [flip for _, _, flip in inputs] + [False] * (len(targets) - len(inputs))
+        flips = [flip for _, _, flip in inputs]
         steps.append(Step(position, rule, composite, needs, flips, True in flips, targets, outputs, inside[position]))
         if len(steps) == narrow + 2 and (narrow < 0 or _single(steps[narrow])):
             narrow += 1
     for node, output in goals:
         if index.get(node, -1) >= 0:
             cell_of(index[node], output)
+    steps = _with_shared_gradients(steps)
     return Plan(route_of(found) if not goals else None, steps, leaves, size, size + len(beyond), beyond, narrow)
+
+
+def _with_shared_gradients(steps: list[Step]) -> list[Step]:
+    """Lets each composite send gradients to those of its shared members that a step of their own takes them from."""
+    takes_gradient = {step.cell for step in steps if step.composite is not None or step.rule.curved}
+    complete = []
+    for step in steps:
+        if step.composite is not None and step.composite.shared:
+            members = step.composite.members
+            shared = [place for place in step.composite.shared if members[place].position in takes_gradient]
+            step = step._replace(
+                composite=step.composite._replace(shared=shared),
+                targets=step.targets + [-2 - members[place].position for place in shared],
+                transposed=step.transposed + [False] * len(shared),
+            )
+        complete.append(step)
+    return complete
 
 
 def _single(step: Step) -> bool:

@@ -13,7 +13,7 @@ linear cost, and the rule for the composite, ``h_x = sum_j h_j (dv_j/dx)^2 + g_j
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -76,8 +76,31 @@ def find_row_rule(name: str) -> RowRule | None:
 
 
 # -- the algebra of such sums ----------------------------------------------------------------------------------------
+# Small rows are the rule (an action space), so what counts is the number of operations: numbers are kept as numbers, and
+# products with the same b become one.
 
 ZERO = Terms(None, ())
+
+
+def _product(a: Factor, b: Factor) -> Factor:
+    if isinstance(a, float) and a == 1.0:
+        return b
+    return a if isinstance(b, float) and b == 1.0 else a * b
+
+
+def _sum(a: Factor | None, b: Factor) -> Factor:
+    return b if a is None else a + b
+
+
+def _merged(products: Iterable[tuple[Factor, Factor]]) -> tuple[tuple[Factor, Factor], ...]:
+    """One product for each b; a number as b goes into c."""
+    merged: dict[int, tuple[Factor, Factor]] = {}
+    for b, c in products:
+        if not isinstance(b, Tensor):
+            b, c = 1.0, _product(float(b), c)
+        key = id(b) if isinstance(b, Tensor) else 0
+        merged[key] = (b, merged[key][1] + c) if key in merged else (b, c)
+    return tuple(merged.values())
 
 
 def plus(*terms: Terms) -> Terms:
@@ -85,37 +108,45 @@ def plus(*terms: Terms) -> Terms:
     diagonal: Factor | None = None
     for term in terms:
         if term.diagonal is not None:
-            diagonal = term.diagonal if diagonal is None else diagonal + term.diagonal
-    return Terms(diagonal, tuple(product for term in terms for product in term.products))
+            diagonal = _sum(diagonal, term.diagonal)
+    return Terms(diagonal, _merged(product for term in terms for product in term.products))
 
 
 def scaled(terms: Terms, factor: Factor) -> Terms:
     """Row ``j`` times ``factor_j``."""
-    diagonal = None if terms.diagonal is None else terms.diagonal * factor
-    return Terms(diagonal, tuple((b * factor, c) for b, c in terms.products))
+    diagonal = None if terms.diagonal is None else _product(terms.diagonal, factor)
+    return Terms(diagonal, _merged((_product(b, factor), c) for b, c in terms.products))
 
 
 def times(p: Terms, q: Terms) -> Terms:
     """Entry by entry."""
     diagonal: Factor | None = None
-    for left, right in ((p, q), (q, p)):
-        if left.diagonal is not None:
-            for b, c in right.products:
-                term = left.diagonal * b * c
-                diagonal = term if diagonal is None else diagonal + term
     if p.diagonal is not None and q.diagonal is not None:
-        term = p.diagonal * q.diagonal
-        diagonal = term if diagonal is None else diagonal + term
-    products = tuple((b * e, c * f) for b, c in p.products for e, f in q.products)
-    return Terms(diagonal, products)
+        diagonal = _product(p.diagonal, q.diagonal)
+    for left, right in ((p, q),) if p is q else ((p, q), (q, p)):
+        if left.diagonal is not None and right.products:
+            along: Factor | None = None
+            for b, c in right.products:
+                along = _sum(along, _product(b, c))
+            assert along is not None
+            crossed = _product(left.diagonal, along)
+            diagonal = _sum(diagonal, 2 * crossed if p is q else crossed)
+    if p is q:
+        pairs = [
+            (_product(b, e), _product(c, f) if i == j else 2 * _product(c, f))
+            for i, (b, c) in enumerate(p.products)
+            for j, (e, f) in enumerate(p.products[: i + 1])
+        ]
+    else:
+        pairs = [(_product(b, e), _product(c, f)) for b, c in p.products for e, f in q.products]
+    return Terms(diagonal, _merged(pairs))
 
 
 def summed(terms: Terms, width: int, weights: Factor = 1.0) -> Terms:
     """``sum_j weights_j (...)``, alike for all ``j``."""
-    total: Factor | None = None if terms.diagonal is None else terms.diagonal * weights
+    total: Factor | None = None if terms.diagonal is None else _product(terms.diagonal, weights)
     for b, c in terms.products:
-        term = _row_sum(b * weights, width) * c
-        total = term if total is None else total + term
+        total = _sum(total, _product(_row_sum(_product(b, weights), width), c))
     return ZERO if total is None else Terms(None, ((1.0, total),))
 
 
@@ -129,8 +160,8 @@ def composed(
     first: Sequence[Factor | None], second: dict[tuple[int, int], Factor], inputs: Sequence[Taylor | None]
 ) -> Taylor:
     """An elementwise function of several tensors, by its partials."""
-    once = [ZERO if u is None or f is None else scaled(u.first, f) for f, u in zip(first, inputs, strict=False)]
-    twice = [ZERO if u is None or f is None else scaled(u.second, f) for f, u in zip(first, inputs, strict=False)]
+    once = [scaled(u.first, f) for f, u in zip(first, inputs, strict=False) if u is not None and f is not None]
+    twice = [scaled(u.second, f) for f, u in zip(first, inputs, strict=False) if u is not None and f is not None]
     for (i, j), f in second.items():
         u, v = inputs[i], inputs[j]
         if u is not None and v is not None:
@@ -169,17 +200,24 @@ def curvature(taylor: Taylor, g: Tensor | None, h: Tensor | None, width: int) ->
     if h is not None:
         total = pulled(times(taylor.first, taylor.first), h, width)
     if g is not None:
-        total = total + pulled(taylor.second, g, width)
+        total = pulled(taylor.second, g, width) if h is None else total + pulled(taylor.second, g, width)
     return total
 
 
 def pulled(terms: Terms, weights: Tensor, width: int) -> Factor:
     """``sum_j weights_j (...)`` by ``k``."""
-    total: Factor = 0.0 if terms.diagonal is None else weights * terms.diagonal
+    total: Factor | None = None if terms.diagonal is None else _product(terms.diagonal, weights)
+    row: Tensor | None = None  # sum_j weights_j
     for b, c in terms.products:
-        product = weights * b
-        total = total + (product.sum(-1, keepdim=True) if product.shape[-1] > 1 else product) * c
-    return total
+        if isinstance(b, Tensor):
+            product = weights * b
+            along = product.sum(-1, keepdim=True) if product.shape[-1] > 1 else product
+        else:
+            if row is None:
+                row = weights.sum(-1, keepdim=True) if weights.shape[-1] > 1 else weights
+            along = _product(b, row)  # type: ignore[assignment]
+        total = _sum(total, _product(along, c))
+    return 0.0 if total is None else total
 
 
 def elementwise_taylor(partials: Partials, inputs: Sequence[Taylor | None], flat: bool) -> Taylor:
