@@ -27,8 +27,18 @@ operation. Which are joined is part of its definition:
 - If some value is used twice by what was taken in, the paths meet, and all is joined; else nothing is. If all paths
   pass through one value that was taken in, only what lies above the nearest such value is joined: there the paths have
   met.
+- Operations in ROW_WISE that work along the last dimension are taken in like elementwise ones, if then all tensors line
+  up; if they do not, only elementwise ones are. Where a source of such a composite comes from another operation that
+  mixes the entries of a row, that one is taken in as well, even if others use its value.
+- If no paths meet in what only serves the meeting point, elementwise operations are taken in though others use their
+  values.
+- An operation that others use as well is carried a second time on its own, with what arrives from these.
+- Only what lies on the way to a value that is used twice is kept.
 - The joined function's variables are the values that it uses from outside. ``x`` and ``x.t()`` are two variables, but
   ``x.t()`` and another ``x.t()`` are one, and ``x.t().t()`` is ``x``.
+
+What is not here: Becker and LeCun's method; operations that torch cannot differentiate twice, as fused attention and
+the CTC loss; random ones that draw and apply their numbers in one; custom functions, of which only the inside is seen.
 
 **Gauss-Newton** drops the second-derivative term of every operation from which a parameterised operation lies on some
 path to the loss; one is parameterised if a wanted leaf enters it directly or through the operations in VIEWS.
@@ -94,35 +104,33 @@ def _hardsigmoid(x: Tensor) -> Tensor:
     return F.relu6(x + 3) / 6
 
 
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    attn_mask: Tensor | None = None,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if is_causal:
-        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
-    if attn_mask is not None:
-        scores = scores + attn_mask
-    return scores.softmax(-1) @ v, scores.logsumexp(-1)
-
-
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     norm = v.square().sum([d for d in range(v.dim()) if d != dim], keepdim=True).sqrt()
     return v * (g / norm), norm
+
+
+def _cdist(a: Tensor, b: Tensor, p: float, mode: int | None) -> Tensor:
+    return (a.unsqueeze(-2) - b.unsqueeze(-3)).abs().pow(p).sum(-1).pow(1 / p)
+
+
+def _multi_margin(
+    x: Tensor, target: Tensor, p: int = 1, margin: float = 1, weight: Tensor | None = None, reduction: int = 1
+) -> Tensor:
+    own = x.gather(1, target.unsqueeze(1))
+    loss = (margin - own + x).clamp(min=0) ** p
+    if weight is not None:
+        loss = loss * weight[target].unsqueeze(1)
+    loss = loss.scatter(1, target.unsqueeze(1), 0).sum(1) / x.shape[1]
+    return (loss, loss.mean(), loss.sum())[reduction]
 
 
 #: The same functions of operations that torch differentiates twice, for those that it does not (or not correctly).
 TWICE_DIFFERENTIABLE: dict[str, Callable[..., Any]] = {
     "hardsigmoid": _hardsigmoid,
     "hardsigmoid_": _hardsigmoid,
-    "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "_weight_norm_interface": _weight_norm,
+    "_cdist_forward": _cdist,
+    "multi_margin_loss": _multi_margin,
 }
 
 

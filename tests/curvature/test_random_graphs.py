@@ -24,7 +24,7 @@ METHODS = ("hesscale", "hesscale_gn")
 TOLERANCE = 1e-8
 
 
-def agree(got: Tensor | None, expected: Tensor | None, where: str = "") -> None:
+def agree(got: Tensor | None, expected: Tensor | None, where: str = "", tolerance: float = TOLERANCE) -> None:
     """Relative error below the tolerance, at the scale of the largest entry."""
     if expected is None or got is None:
         assert got is None, f"{where}: a diagonal where the loss does not lead"
@@ -32,9 +32,9 @@ def agree(got: Tensor | None, expected: Tensor | None, where: str = "") -> None:
         return
     assert got.shape == expected.shape, f"{where}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
     if expected.numel():
-        scale = max(float(expected.abs().max()), 1e-6)
+        scale = max(float(expected.abs().max()), 1e-4)  # below, cancellation is all there is
         error = float((got - expected).abs().max())
-        assert error <= TOLERANCE * scale, f"{where}: error {error:.2e} at scale {scale:.2e}"
+        assert error <= tolerance * scale, f"{where}: error {error:.2e} at scale {scale:.2e}"
 
 
 def diagonals(loss: Tensor, wanted: list[Tensor], method: Any) -> list[Tensor | None]:
