@@ -265,8 +265,9 @@ class HesScaleCallback(Callback):
         if (scaler is not None or trainer.world_size > 1) and hasattr(optimizer, "record_gradients"):
             # Our optimizers compare each gradient with what backward left; up to here its changes are accounted for.
             optimizer.record_gradients()
-        if self._refreshing and (self._auditing or self._log_is_due(trainer)):
-            self._note(trainer, pl_module, optimizer, diagonals_of(parameters))
+        logging = self._refreshing and (self._auditing or self._log_is_due(trainer))
+        if logging and any(getattr(p, "hess_diag", None) is not None and p.grad is not None for p in parameters):
+            self._note(trainer, pl_module, optimizer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -356,16 +357,12 @@ class HesScaleCallback(Callback):
         n: int = trainer.log_every_n_steps if self.log_every_n_steps is None else self.log_every_n_steps  # type: ignore[attr-defined]
         return n > 0 and _crosses(self._refresh_before, self._last_refresh, n)
 
-    def _note(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer, diagonals: list[Tensor]
-    ) -> None:
-        if not diagonals:
-            return
+    def _note(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         index = next(i for i, other in enumerate(trainer.optimizers) if other is optimizer)
         prefix = f"curvature/optimizer_{index}" if len(trainer.optimizers) > 1 else "curvature"
         if self._log_is_due(trainer):
             layers = layer_names(pl_module) if self.per_layer else None
-            log = note_step(prefix, optimizer, diagonals, layers, self.histogram)
+            log = note_step(prefix, optimizer, layers, self.histogram)
         else:
             log = StepLog(prefix, optimizer, {}, only_audit=True)
         if self._audit is not None and self._auditing:

@@ -36,7 +36,7 @@ class StepLog:
     values: dict[str, Tensor]
     counts: Tensor | None = None
     only_audit: bool = False
-    _parameters: list[Tensor] = field(default_factory=list)
+    _parameters: list[list[Tensor]] = field(default_factory=list)
     _before: list[Tensor] = field(default_factory=list)
     _gradients: list[Tensor] = field(default_factory=list)
     _diagonals: list[Tensor] = field(default_factory=list)
@@ -44,8 +44,7 @@ class StepLog:
     def after_step(self) -> None:
         """Adds what can be told once the parameters have moved."""
         if self._parameters:
-            with torch.no_grad():
-                steps = torch._foreach_sub([p.detach() for p in self._parameters], self._before)
+            steps = [_flat(ps) - before for ps, before in zip(self._parameters, self._before, strict=True)]
             self.values["effective_lr"] = effective_learning_rate(steps, self._gradients)
             self.values["predicted_decrease"] = predicted_decrease(self._gradients, self._diagonals, steps)
         if self.only_audit:
@@ -62,38 +61,40 @@ class StepLog:
         return {f"{self.prefix}/{key}": number for key, number in zip(self.values, numbers, strict=True)}
 
 
-def note_step(
-    prefix: str, optimizer: Optimizer, diagonals: Sequence[Tensor], layers: Mapping[int, str] | None, histogram: bool
-) -> StepLog:
+def note_step(prefix: str, optimizer: Optimizer, layers: Mapping[int, str] | None, histogram: bool) -> StepLog:
     """Notes what is known before an optimizer's step.
 
     Args:
         prefix: what the keys begin with.
-        optimizer: the optimizer that is about to step.
-        diagonals: its parameters' diagonals.
+        optimizer: the optimizer that is about to step; at least one of its parameters has a diagonal.
         layers: names of layers by the ``id`` of their parameters, to log each layer; None logs none.
         histogram: whether to count the entries by size.
     """
-    log = StepLog(prefix, optimizer, {name: statistic(diagonals) for name, statistic in STATISTICS.items()})
+    log = StepLog(prefix, optimizer, {})
+    batches: dict[Any, list[Tensor]] = {}
     for group in optimizer.param_groups:
         for p in group["params"]:
-            h = getattr(p, "hess_diag", None)
-            if h is not None and p.grad is not None:
-                log._parameters.append(p)
-                log._diagonals.append(h.detach())
-    # Clipping changes gradients in place, and the step the parameters; the diagonals are only read.
-    log._before = [p.detach().clone() for p in log._parameters]
-    log._gradients = [p.grad.detach().clone() for p in log._parameters if p.grad is not None]
+            if getattr(p, "hess_diag", None) is not None and p.grad is not None:
+                batches.setdefault((p.device, p.dtype), []).append(p)
+    # One vector of everything: few operations, and clipping, the step and zero_grad change none of it.
+    log._parameters = list(batches.values())
+    log._before = [_flat(ps) for ps in log._parameters]
+    log._gradients = [_flat([p.grad for p in ps if p.grad is not None]) for ps in log._parameters]
+    log._diagonals = [_flat([p.hess_diag for p in ps]) for ps in log._parameters]  # type: ignore[attr-defined]
+    log.values = {name: statistic(log._diagonals) for name, statistic in STATISTICS.items()}
     if layers is not None:
         grouped: dict[str, list[Tensor]] = {}
-        for p, h in zip(log._parameters, log._diagonals, strict=True):
-            grouped.setdefault(layers.get(id(p), "unnamed"), []).append(h)
-        if grouped:
-            log.values |= {f"share/{name}": share for name, share in layer_shares(grouped).items()}
-            log.values |= {f"mean_abs/{name}": mean_abs(hs) for name, hs in grouped.items()}
+        for p in (p for ps in log._parameters for p in ps):
+            grouped.setdefault(layers.get(id(p), "unnamed"), []).append(p.hess_diag)  # type: ignore[attr-defined]
+        log.values |= {f"share/{name}": share for name, share in layer_shares(grouped).items()}
+        log.values |= {f"mean_abs/{name}": mean_abs(hs) for name, hs in grouped.items()}
     if histogram:
-        log.counts = log_histogram(diagonals)
+        log.counts = log_histogram(log._diagonals)
     return log
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
 
 
 def layer_names(module: nn.Module) -> dict[int, str]:
