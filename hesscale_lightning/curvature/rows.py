@@ -75,9 +75,9 @@ def find_row_rule(name: str) -> RowRule | None:
     return _row_rules.get(name)
 
 
-# -- the algebra of such sums ----------------------------------------------------------------------------------------
-# Small rows are the rule (an action space), so what counts is the number of operations: numbers are kept as numbers, and
-# products with the same b become one.
+# -- the algebra of such sums ---------------------------------------------------------------------------------------
+# Small rows are the rule (an action space), so what counts is the number of operations: numbers are kept as numbers,
+# and products with the same b become one.
 
 ZERO = Terms(None, ())
 
