@@ -26,6 +26,7 @@ examples: $(STAMP)  ## run every example config in full
 	for config in examples/lightning/*.yaml; do \
 		echo "== $$config"; $(BIN)/python -m hesscale_lightning fit --config $$config || exit 1; \
 	done
+	$(BIN)/python examples/lightning/plot_curvature.py --log "$$(ls -td outputs/digits_curvature/version_* | head -1)"
 
 test: $(STAMP)  ## the whole test suite, doctests included
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -46,6 +47,7 @@ check: lint type test  ## what CI checks: lint, types, tests
 bench: $(STAMP)  ## measure the cost of curvature, in time and memory, and of an optimizer's step
 	$(BIN)/python -m benchmarks.curvature
 	$(BIN)/python -m benchmarks.optimizer_step
+	$(BIN)/python -m benchmarks.lightning_step
 
 clean:  ## remove what runs leave behind, keep .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis lightning_logs outputs

@@ -128,6 +128,19 @@ def test_a_report_on_a_checkpoint_that_is_not_there_says_so(hesscale):
         hesscale("report", MLP, "--ckpt", "nowhere.ckpt")
 
 
+def test_the_picture_of_a_run_is_drawn_from_its_csv_log(hesscale, monkeypatch):
+    config = ROOT / "examples" / "lightning" / "digits_curvature.yaml"
+    text = config.read_text().replace("audit_every_n_steps: 50", "audit_every_n_steps: 4")
+    Path("config.yaml").write_text(text)
+    folder = hesscale("fit", Path("config.yaml"), *SHORT, "--trainer.limit_train_batches", "12")
+    script = config.with_name("plot_curvature.py")
+    arguments = ["--log", "outputs/digits_curvature/version_0", "--picture", "curvature.png"]
+    run = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert (folder / "curvature.png").read_bytes().startswith(b"\x89PNG")
+    assert list(folder.glob("outputs/digits_curvature_tensorboard/version_0/events.*"))
+
+
 def test_the_same_run_twice_is_not_an_error_and_gives_the_same_result(hesscale):
     folder = hesscale("fit", MLP, *SHORT)
     hesscale("fit", MLP, *SHORT)
