@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,7 +83,6 @@ class Joiner:
         inside: Whether each node lies inside the network: Gauss-Newton keeps or drops a composite's second derivative
             as a whole.
         outside: Nodes that must be carried on their own, because their outputs are wanted.
-        rowwise: Whether operations along the last dimension may be joined.
     """
 
     def __init__(
@@ -92,13 +91,12 @@ class Joiner:
         rules: Sequence[Rule | None],
         inside: Sequence[bool],
         outside: set[Node],
-        rowwise: bool = True,
     ) -> None:
         self._found = found
         self._rules = rules
         self._inside = inside
         self._outside = outside
-        self._rowwise = rowwise
+        self.declined: set[int] = set()  # operations that are not along the last dimension, but could have been
         self._consumers: list[list[int]] = []
         self._below = [
             [index for child, _, _ in found.edges[node] if (index := found.index[child]) >= 0] for node in found.nodes
@@ -117,7 +115,7 @@ class Joiner:
             for user, children in enumerate(self._below):
                 for child in children:
                     self._consumers[child].append(user)
-        if self._rowwise and not rule.reduces:
+        if not rule.reduces:
             taken = self._meeting(position, self._joins)
             if any(self._is_row(member) for member in taken):
                 composite = self._described(self._through_mixing(taken, position), position)
@@ -129,9 +127,7 @@ class Joiner:
     # -- what may be joined
 
     def _joins(self, position: int, end: int) -> bool:
-        return self._is_elementwise(position, end) or (
-            self._rowwise and self._is_eligible(position, end) and self._is_row(position)
-        )
+        return self._is_elementwise(position, end) or (self._is_eligible(position, end) and self._is_row(position))
 
     def _is_elementwise(self, position: int, end: int) -> bool:
         rule = self._rules[position]
@@ -150,7 +146,10 @@ class Joiner:
         row_rule = None if rule is None else rows.find_row_rule(rule.name)
         if row_rule is None or rule is None:
             return None
-        return row_rule(self._operation(position))
+        row = row_rule(self._operation(position))
+        if row is None:
+            self.declined.add(position)
+        return row
 
     def _operation(self, position: int) -> Operation:
         node = self._found.nodes[position]
@@ -303,6 +302,13 @@ class Joiner:
                 private.add(position)
         shared = [place[position] for position in taken if position not in private]
         return Composite(described, list(sources), private, shared, [bool(flat) for flat in flat_sources])
+
+
+def works_along_rows(node: Node, following: Any) -> bool:
+    """Whether an operation has a row rule, and this use of it is along the last dimension."""
+    rule = rows.find_row_rule(node.name())
+    needs = [True] * len(following)
+    return rule is not None and rule(Operation(node, following, needs, needs, "hesscale", False)) is not None
 
 
 def composite_formula(composite: Composite, operations: Sequence[Operation]) -> Formula | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import GraphExecGroup
 
 from hesscale_lightning.curvature.attachment import AWAITED, PLAIN, Attachment, on_gate, on_sweep
-from hesscale_lightning.curvature.composite import Composite, composite_formula
+from hesscale_lightning.curvature.composite import Composite, composite_formula, works_along_rows
 from hesscale_lightning.curvature.graph import Node, trace
 from hesscale_lightning.curvature.plan import Output, Plan, PlanCache, make_plan, refuse_hidden_parameters
 from hesscale_lightning.curvature.registry import Formula, Operation
@@ -79,28 +79,27 @@ def attach(loss: Tensor, params: Iterable[Tensor] | None = None, *, method: Meth
     attachment = Attachment(loss.device.type)
     wanted = _by_id(params)
     key = (type(root), method, None if wanted is None else len(wanted))
-    hit = _plans.find(key, root, wanted)
-    inner: dict[Output, Tensor] = {}
-    if hit is not None and (wanted is None or len(hit[0].leaves) == len(wanted) or not _inner(wanted)):
-        plan, nodes, following = hit
-    else:
-        inner = {} if wanted is None else _inner(wanted)
-        found = trace(root, wanted, inner)
-        refuse_hidden_parameters(root, found)
-        if found.index[root] < 0:
-            return attachment
-        plan = make_plan(root, found, list(inner), method)
-        _plans.add(key, plan)
-        nodes, following = found.nodes, [node.next_functions for node in found.nodes]
+    hooks = None
     try:
-        with _recomputing_once():
-            hooks = _arm(attachment, plan, nodes, following, inner, method)
-        if hooks is None:  # an operation works along another dimension than when the plan was made
+        for plan, nodes, following in _plans.matching(key, root, wanted):
+            if wanted is not None and len(plan.leaves) != len(wanted) and _inner(wanted):
+                break
+            with _recomputing_once():
+                hooks = _arm(attachment, plan, nodes, following, {}, method)
+            if hooks is not None:
+                break
+        if hooks is None:
+            inner = {} if wanted is None else _inner(wanted)
             found = trace(root, wanted, inner)
-            plan = make_plan(root, found, list(inner), method, rowwise=False)
+            refuse_hidden_parameters(root, found)
+            if found.index[root] < 0:
+                return attachment
+            plan = make_plan(root, found, list(inner), method)
+            _plans.add(key, plan)
             following = [node.next_functions for node in found.nodes]
-            hooks = _arm(attachment, plan, found.nodes, following, inner, method)
-            assert hooks is not None
+            with _recomputing_once():
+                hooks = _arm(attachment, plan, found.nodes, following, inner, method)
+            assert hooks is not None  # the plan was made for this graph
     except RuntimeError as error:
         if "through the graph a second time" in str(error):
             raise RuntimeError(
@@ -213,8 +212,10 @@ def _arm(
 ) -> list[tuple[Node, Callable[..., None]]] | None:
     """Lets the rules take what they need from this graph's nodes, and returns which nodes to hook with what.
 
-    None if the plan does not fit after all.
+    None if the plan does not fit after all, because an operation works along another dimension than when it was made.
     """
+    if any(works_along_rows(nodes[position], following[position]) for position in plan.declined):
+        return None
     formulas: list[Formula | None] = []
     gradients: list[Any] = []
     awaited: list[int] = []

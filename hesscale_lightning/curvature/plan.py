@@ -6,7 +6,7 @@ alive.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from typing import Any, NamedTuple
 
 from hesscale_lightning.curvature.composite import Composite, Joiner
@@ -54,6 +54,8 @@ class Plan(NamedTuple):
         cells: How many cells there are.
         beyond: Cells of outputs after the first, by position of the node and number of the output.
         narrow: The last step up to which backward passes one node at a time.
+        declined: Positions of operations that were not joined because they do not work along the last dimension, which
+            another graph of the same structure may do.
     """
 
     route: Route | None
@@ -63,6 +65,7 @@ class Plan(NamedTuple):
     cells: int
     beyond: dict[tuple[int, int], int]
     narrow: int
+    declined: list[int]
 
 
 #: Nodes whose backward runs another backward inside, over parameters that no edge leads to.
@@ -76,7 +79,7 @@ def refuse_hidden_parameters(root: Node, found: Trace) -> None:
             raise no_rule(root, node)
 
 
-def make_plan(root: Node, found: Trace, goals: list[Output], method: str, rowwise: bool = True) -> Plan:
+def make_plan(root: Node, found: Trace, goals: list[Output], method: str) -> Plan:
     """Plans for the structure of ``found``.
 
     Args:
@@ -84,7 +87,6 @@ def make_plan(root: Node, found: Trace, goals: list[Output], method: str, rowwis
         found: The traced graph, which leads to at least one wanted tensor.
         goals: Wanted outputs of nodes, for tensors that are no leaves.
         method: As for ``attach``.
-        rowwise: Whether operations along the last dimension may be joined.
 
     Raises:
         UnsupportedOperationError: An operation has no rule.
@@ -93,7 +95,7 @@ def make_plan(root: Node, found: Trace, goals: list[Output], method: str, rowwis
     nodes, index, edges = found.nodes, found.index, found.edges
     rules = [None if type(node) is AccumulateGrad else _rule_for(root, node) for node in nodes]
     inside = _inside_network(found, rules) if method == "hesscale_gn" else [False] * len(nodes)
-    joiner = Joiner(found, rules, inside, {node for node, _ in goals}, rowwise)
+    joiner = Joiner(found, rules, inside, {node for node, _ in goals})
     beyond: dict[tuple[int, int], int] = {}
     size = len(nodes)
 
@@ -132,7 +134,16 @@ def make_plan(root: Node, found: Trace, goals: list[Output], method: str, rowwis
         if index.get(node, -1) >= 0:
             cell_of(index[node], output)
     steps = _with_shared_gradients(steps)
-    return Plan(route_of(found) if not goals else None, steps, leaves, size, size + len(beyond), beyond, narrow)
+    return Plan(
+        route_of(found) if not goals else None,
+        steps,
+        leaves,
+        size,
+        size + len(beyond),
+        beyond,
+        narrow,
+        sorted(joiner.declined),
+    )
 
 
 def _with_shared_gradients(steps: list[Step]) -> list[Step]:
@@ -194,20 +205,17 @@ class PlanCache:
         """Forgets everything."""
         self._plans.clear()
 
-    def find(self, key: Any, root: Node, leaves: Container[int] | None) -> tuple[Plan, list[Node], list[Any]] | None:
-        """A plan that fits this graph, with its nodes by position and their ``next_functions``."""
-        plans = self._plans.get(key)
-        if plans is None:
-            return None
+    def matching(
+        self, key: Any, root: Node, leaves: Container[int] | None
+    ) -> Iterator[tuple[Plan, list[Node], list[Any]]]:
+        """Plans for graphs of this structure, with this graph's nodes by position and their ``next_functions``."""
+        plans = self._plans.get(key, ())
         for i, plan in enumerate(plans):
             found = follow(plan.route, root, leaves) if plan.route is not None else None
             if found is not None:
-                if any(found[0][leaf].variable.is_complex() for leaf in plan.leaves):
-                    return None  # the structure fits, but to plan for it is an error
-                if i:
-                    plans.insert(0, plans.pop(i))
-                return plan, *found
-        return None
+                if i:  # the next graph is likely to be of the same kind
+                    self._plans[key] = [plan, *plans[:i], *plans[i + 1 :]]
+                yield plan, *found
 
     def add(self, key: Any, plan: Plan) -> None:
         """Keeps a plan if its graph can be recognised again."""
