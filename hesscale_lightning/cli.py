@@ -8,12 +8,17 @@
 The console script ``hesscale`` is the same command.
 """
 
+import difflib
+import inspect
+import re
 import warnings
+from importlib import import_module
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from hesscale_lightning.curvature.engine import Method
 from hesscale_lightning.report import report
@@ -27,6 +32,26 @@ class SaveConfigBesideLog(SaveConfigCallback):
         # Lightning would write to the working directory, over a config.yaml that is there.
         if trainer.loggers:
             super().setup(trainer, pl_module, stage)
+
+
+class ReadableParser(LightningArgumentParser):
+    """A parser whose errors are read first: no page of usage before them, and what a wrong key could have meant."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the error, with advice where a class is given an argument that it does not have, and exit."""
+        found = re.search(r"class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted", message)
+        super().error(message + (_advice(*found.groups()) if found else ""), ex)
+
+    def print_usage(self, file: Any = None) -> None:
+        """Print nothing: ``--help`` shows the usage."""
+
+
+def _advice(class_path: str, option: str) -> str:
+    module, _, name = class_path.rpartition(".")
+    accepted = [p for p in inspect.signature(getattr(import_module(module), name)).parameters if p != "kwargs"]
+    near = difflib.get_close_matches(option, accepted, n=1)
+    meant = f"; did you mean '{near[0]}'?" if near else "."
+    return f"\n\n{name} has no argument '{option}'{meant} Its arguments are: {', '.join(accepted)}."
 
 
 class ReportingTrainer(Trainer):
@@ -79,6 +104,7 @@ class HesScaleCLI(LightningCLI):
             LightningModule,
             LightningDataModule,
             trainer_class=ReportingTrainer,
+            parser_class=ReadableParser,
             subclass_mode_model=True,
             subclass_mode_data=True,
             # A model takes its optimizer as an argument: one place to choose it.

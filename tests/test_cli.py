@@ -194,6 +194,16 @@ def test_a_wrong_option_is_named_in_the_error(option, value, named, hesscale, ca
     assert named in capsys.readouterr().err
 
 
+def test_a_wrong_key_in_a_config_is_answered_with_the_right_one_and_little_else(hesscale, tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(MLP.read_text().replace("batch_size: 32", "batchsize: 32"))
+    with pytest.raises(SystemExit):
+        hesscale("fit", path)
+    shown = capsys.readouterr().err
+    assert "DigitsDataModule has no argument 'batchsize'; did you mean 'batch_size'? Its arguments are: shape," in shown
+    assert len(shown.splitlines()) < 15
+
+
 @pytest.mark.parametrize(
     ("name", "documented"),
     [
