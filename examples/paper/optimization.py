@@ -201,7 +201,7 @@ class Settings:
     Args:
         steps: training steps at which all optimizers are compared.
         batch_size: samples in a batch.
-        seeds: number of runs that differ in the initial weights and the order of the samples.
+        seeds: seeds of the initial weights and of the order of the samples; one run each.
         lrs: learning rates; the same for all optimizers.
         tasks: names of the tasks.
         optimizers: names of the optimizers; Adam must be among them, since its time is the budget.
@@ -216,7 +216,7 @@ class Settings:
 
     steps: int = 400
     batch_size: int = 64
-    seeds: int = 5
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     lrs: list[float] = field(default_factory=lambda: [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0])
     tasks: list[str] = field(default_factory=lambda: list(TASKS))
     optimizers: list[str] = field(default_factory=lambda: list(METHODS))
@@ -243,7 +243,9 @@ def resolved(settings: Settings) -> Settings:
         raise ValueError(f"Found optimizers={settings.optimizers}, expected {REFERENCE!r} among them.")
     if settings.quick:
         folder = settings.folder.with_name(settings.folder.name + "_quick")
-        settings = replace(settings, steps=120, seeds=2, lrs=settings.lrs[2::2], timing_rounds=5, folder=folder)
+        settings = replace(
+            settings, steps=120, seeds=settings.seeds[:2], lrs=settings.lrs[2::2], timing_rounds=5, folder=folder
+        )
         settings = replace(settings, results=None, document=None, picture=None)
     return replace(
         settings,
@@ -397,9 +399,7 @@ def run(settings: Settings) -> dict[str, Any]:
         # Seeds outermost: a study that is stopped early is complete for some seeds.
         keys: list[Key] = [
             (task, optimizer, lr, seed)
-            for seed, task, optimizer, lr in product(
-                range(settings.seeds), settings.tasks, settings.optimizers, settings.lrs
-            )
+            for seed, task, optimizer, lr in product(settings.seeds, settings.tasks, settings.optimizers, settings.lrs)
         ]
         for key in tqdm(keys, desc="runs", unit="run", smoothing=0.02, mininterval=1):
             if key not in done:
@@ -598,7 +598,7 @@ def conclusions(results: dict[str, Any]) -> str:
 
     parts = [
         f"{len(tasks)} tasks, {len(optimizers)} optimizers, {len(settings['lrs'])} learning rates from "
-        f"{rate(min(settings['lrs']))} to {rate(max(settings['lrs']))}, {settings['seeds']} seeds: {runs} runs of "
+        f"{rate(min(settings['lrs']))} to {rate(max(settings['lrs']))}, {len(settings['seeds'])} seeds: {runs} runs of "
         f"{settings['steps']} steps of {settings['batch_size']} samples. They took {results['minutes']:.0f} minutes "
         f"(one thread, torch {results['environment']['torch']}, {results['environment']['machine']}).",
         "## Conclusions",
@@ -727,7 +727,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         row[0].set_ylabel("training loss")
     figure.text(0.012, 1 - 0.33 / height, "Final training loss at equal time", fontsize=15, fontweight="bold")
     explanation = (
-        f"cross-entropy when the time of {settings['steps']} steps of Adam is spent, mean of {settings['seeds']} "
+        f"cross-entropy when the time of {settings['steps']} steps of Adam is spent, mean of {len(settings['seeds'])} "
         "seeds; shaded: lowest to highest seed; dotted: before training; lines that leave the panel diverged"
     )
     figure.text(0.012, 1 - 0.58 / height, explanation, color=MUTED, fontsize=10)
