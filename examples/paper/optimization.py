@@ -583,6 +583,8 @@ def conclusions(results: dict[str, Any]) -> str:
     cost = results["milliseconds"]
     tuned = {key: tune(results, *key) for key in product(tasks, optimizers, BUDGETS)}
     runs = sum(failures(results, optimizer).runs for optimizer in optimizers)
+    repeats = len(settings["lrs"]) * len(settings["seeds"]) * settings["steps"]
+    idle = repeats * sum(cost[task][optimizer] for task in tasks for optimizer in optimizers) / 60_000
 
     def by_task(cell: Callable[[str, str], str]) -> str:
         return table(["optimizer", *tasks], ([name, *(cell(task, name) for task in tasks)] for name in optimizers))
@@ -599,7 +601,8 @@ def conclusions(results: dict[str, Any]) -> str:
     parts = [
         f"{len(tasks)} tasks, {len(optimizers)} optimizers, {len(settings['lrs'])} learning rates from "
         f"{rate(min(settings['lrs']))} to {rate(max(settings['lrs']))}, {len(settings['seeds'])} seeds: {runs} runs of "
-        f"{settings['steps']} steps of {settings['batch_size']} samples. They took {results['minutes']:.0f} minutes "
+        f"{settings['steps']} steps of {settings['batch_size']} samples. They took {results['minutes']:.0f} minutes on "
+        f"a busy machine; by the time of a step, an idle core needs {idle:.0f} "
         f"(one thread, torch {results['environment']['torch']}, {results['environment']['machine']}).",
         "## Conclusions",
         table(
