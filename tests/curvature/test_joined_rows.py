@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from hesscale_lightning.curvature import engine, exact_hess_diag
+from hesscale_lightning.curvature import engine, exact_hess_diag, registered_rules
+from tests.curvature import slow
 from tests.curvature.slow import Recording
 from tests.curvature.test_random_graphs import METHODS, agree, diagonals
 
@@ -85,3 +87,12 @@ def test_a_plan_for_another_dimension_is_not_used(order: tuple[str, ...]) -> Non
             loss = function(*leaves)
         got = diagonals(loss, leaves, "hesscale")
         agree(got[0], recording.curvature(loss, leaves)[0], which)
+
+
+def test_the_slow_recursion_knows_every_operation_that_may_be_joined() -> None:
+    """Its lists are a second, independent statement of the definition, so a new operation must be added to both."""
+    lists = slow.ELEMENTWISE | slow.MEETING_LOSSES | {"log_sigmoid"}
+    known = {name.replace("_", "") for name in lists}
+    joined = [name for name, rule in registered_rules().items() if rule.partials is not None and rule.build.__module__]
+    names = {re.sub(r"Backward\d*$", "", name).lower() for name in joined if name.endswith(tuple("0123456789"))}
+    assert names - known == set(), "add them to ELEMENTWISE in slow.py"

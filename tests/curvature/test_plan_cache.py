@@ -63,6 +63,8 @@ VARIANTS: dict[str, Variant] = {
     "u u": all_of(lambda a: end((u := a.tanh()) * u)),
     "tanh(a) tanh(a)": all_of(lambda a: end(a.tanh() * a.tanh())),
     "tanh(a) tanh(b)": all_of(lambda a, b: end(a.tanh() * b.tanh())),
+    "(x a) (x a)": all_of(lambda a: end((a @ a.new_ones(2, 2)) * (a @ a.new_ones(2, 2)))),
+    "u u with u = x a": all_of(lambda a: end((u := a @ a.new_ones(2, 2)) * u)),
     "tanh(tanh(a)) a": all_of(lambda a: end(a.tanh().tanh() * a)),
     "tanh(a) tanh(tanh(a))": all_of(lambda a: end((u := a.tanh()) * u.tanh())),
     "sigmoid(a) - tanh(b)": all_of(lambda a, b: end(a.sigmoid() - b.tanh())),
