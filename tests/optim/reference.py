@@ -33,7 +33,7 @@ class ReferenceAdaHesScale:
         beta1, beta2 = o.get("betas", (0.9, 0.999))
         eps, denominator = o.get("eps", 1e-8), o.get("denominator", "rms")
         max_update, delta = o.get("max_update", 10.0), o.get("delta", 1e-4)
-        lr = float(o.get("lr", 3e-3)) * o.get("lr_scale", 1.0)
+        lr = float(o.get("lr", 1e-2)) * o.get("lr_scale", 1.0)
         self.grad_weight = beta1 * self.grad_weight + (1 - beta1) * clipping
         updates, curvatures = [], []
         for i, (g, h) in enumerate(zip(grads, diagonals, strict=True)):
