@@ -398,7 +398,7 @@ def _row_formula(composite: Composite, operations: Sequence[Operation]) -> Formu
     width = max(widths, default=1)
     fits = _fits(composite, operations)
 
-    def carried(start: rows.Taylor, at: int | None, source: int | None, partials: list[object]) -> rows.Taylor:
+    def carried(start: rows.Taylor, at: int | None, source: int | None, partials: Sequence[object]) -> rows.Taylor:
         """The meeting point's derivatives by a source, or by the shared member at a place."""
         taylors: list[rows.Taylor | None] = []
         for k, (member, (apply, flat)) in enumerate(zip(members, steps, strict=True)):
@@ -428,8 +428,9 @@ def _row_formula(composite: Composite, operations: Sequence[Operation]) -> Formu
     end_flat = members[-1].flat
 
     def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
+        dtype = (g if g is not None else h).dtype  # type: ignore[union-attr]
         partials = [
-            apply(g is not None) if m.partials is not None else None
+            without_masks(*apply(g is not None), dtype) if m.partials is not None else None  # type: ignore[misc, call-arg]
             for m, (apply, _) in zip(members, steps, strict=True)
         ]
         if end_flat:

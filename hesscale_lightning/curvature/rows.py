@@ -224,10 +224,7 @@ def elementwise_taylor(partials: Partials, inputs: Sequence[Taylor | None], flat
     """Applies partials to derivatives; the factors of a flat operation get the last dimension back."""
 
     def lifted(f: Factor | None) -> Factor | None:
-        if not isinstance(f, Tensor):
-            return f
-        f = f.to(torch.get_default_dtype()) if f.dtype is torch.bool else f
-        return f.unsqueeze(-1) if flat else f
+        return f.unsqueeze(-1) if flat and isinstance(f, Tensor) else f
 
     first, second = partials
     return composed(

@@ -37,6 +37,14 @@ CASES: dict[str, Case] = {
         lambda x: ((x * x).sum(-1, keepdim=True).expand(2, 5).softmax(-1) * torch.arange(5).double()).sum().exp(),
         [(2, 3)],
     ),
+    "maximum in double precision": (
+        lambda x: torch.lerp(x.max(0).values, x.tanh(), 0.3).square().sum(),
+        [(3,)],
+    ),
+    "masks in double precision": (
+        lambda x: (0.3 * x.clamp(-0.5, 0.5) - x.mean(-1, keepdim=True) * 0.1).exp().sum(),
+        [(2, 3)],
+    ),
     "no curvature arrives": (lambda x: torch.lerp(x + x, (x + x).mean(-1, keepdim=True), 0.3)[0].sum(), [(2, 3)]),
     "entropy of columns": (
         lambda x: ((w := x - x.logsumexp(0, keepdim=True)).exp() * w).sum(),

@@ -23,6 +23,7 @@ from hesscale_lightning.curvature.rows import (
     through_softmax,
     times,
 )
+from hesscale_lightning.curvature.rules.shape import carried
 
 _WRAP = 2**64  # a node shows a negative dimension as an unsigned number
 
@@ -82,14 +83,13 @@ def softmax(op: Operation) -> RowOperation | None:
     return RowOperation(apply, None, True)
 
 
-def _picked(x: Terms, index: Tensor, width: int) -> Terms:
+def _picked(x: Terms, index: Tensor, width: int, dtype: torch.dtype) -> Terms:
     """Row ``index`` of ``x``, alike for all rows."""
     parts: list[Tensor] = []
     if x.diagonal is not None:
         shape = (*index.shape[:-1], width)
-        diagonal = x.diagonal if isinstance(x.diagonal, Tensor) else torch.as_tensor(x.diagonal, device=index.device)
-        mask = torch.zeros(shape, dtype=torch.bool, device=index.device).scatter(-1, index, True)
-        parts.append(diagonal * mask)
+        mask = torch.zeros(shape, dtype=dtype, device=index.device).scatter_(-1, index, 1.0)
+        parts.append(x.diagonal * mask)
     for b, c in x.products:
         if isinstance(b, Tensor) and b.dim() and b.shape[-1] == width:
             b = b.expand(*index.shape[:-1], width).gather(-1, index)
@@ -109,11 +109,11 @@ def pick(op: Operation) -> RowOperation | None:
     flat = False if gathers else not node._saved_keepdim
     if gathers and (index.shape[-1] != 1 or index.shape[:-1] != shape[:-1]):
         return None
-    width = shape[-1]
+    width, dtype = shape[-1], carried(op.input_meta(0)[0])
 
     def apply(x: Taylor) -> Taylor:
         rows = index.unsqueeze(-1) if flat else index
-        return Taylor(_picked(x.first, rows, width), _picked(x.second, rows, width))
+        return Taylor(_picked(x.first, rows, width, dtype), _picked(x.second, rows, width, dtype))
 
     return RowOperation(apply, flat, True)
 
