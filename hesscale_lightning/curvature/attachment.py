@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Mapping, Sequence, Set
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,28 +38,25 @@ _without_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", torch.no_gra
 class Attachment:
     """One armed backward pass. It is spent when that pass ends; :meth:`remove` disarms it earlier."""
 
-    __slots__ = (
-        "__weakref__", "_cells", "_device_type", "_formulas", "_fresh", "_gradients", "_handles", "_inner", "_leaves",
-        "_left_out", "_lock", "_next", "_started", "_steps", "_turned",
-    )  # fmt: skip
+    # What a plain pass leaves as it is; never changed in place.
+    _turned: Mapping[int, list[bool]] = MappingProxyType({})  # steps whose results are transposed: which of them
+    _inner: Mapping[int, tuple[Node, Tensor]] = MappingProxyType({})  # by cell, node and tensor of each that is no leaf
+    _fresh: Set[int] = frozenset()  # cells of the leaves that had no gradient when backward began
+    _handles: Sequence[Any] = ()
+    _next = 0
+    _started = False
 
     def __init__(self, device_type: str) -> None:
         self._device_type = device_type
+        self._lock = threading.Lock()
         # In the order of backward, an entry for each step of the plan:
         self._steps: list[Step] = []
         self._formulas: list[Formula | None] = []  # None: nothing to do, or done
         self._gradients: list[Any] = []  # what the formula takes as g, or AWAITED, or PLAIN
-        self._turned: dict[int, list[bool]] = {}  # steps whose results are to be transposed: which of them
-        self._left_out: dict[int, Tensor] = {}  # gradients, by cell, that composites account for already
-        # Curvature that has arrived so far, by cell, and who receives a diagonal in the end:
+        # Curvature that has arrived so far, by cell, and the leaves that receive it in the end, by cell and node:
         self._cells: list[Any] = []
-        self._leaves: list[tuple[int, Node]] = []  # cell and node of each leaf
-        self._fresh: set[int] = set()  # cells of the leaves that had no gradient when backward began
-        self._inner: dict[int, tuple[Node, Tensor]] = {}  # by cell, node and tensor of each tensor that is no leaf
-        self._handles: list[Any] = []
-        self._next = 0
-        self._started = False
-        self._lock = threading.Lock()
+        self._leaves: list[tuple[int, Node]] = []
+        self._left_out: dict[int, Tensor] = {}  # gradients, by cell, that composites account for already
 
     @property
     def active(self) -> bool:
@@ -68,12 +67,13 @@ class Attachment:
         """Disarms: takes every hook off the graph and lets go of all tensors. Harmless when already spent."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles = ()
         self._formulas = []
         self._gradients.clear()  # in place: the hooks share it
         self._cells = []
         self._leaves = []
-        self._inner = {}
+        self._inner = MappingProxyType({})
+        self._left_out = {}
 
     def _begin(self, ref: weakref.ref[Attachment]) -> bool:
         """Called by the first hook of a backward pass. False: this pass does not accumulate gradients."""

@@ -8,7 +8,6 @@ Nothing is recomputed and no second graph is built.
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -31,6 +30,7 @@ _OWNER = "_hesscale_attachment"  # the attribute in which a loss keeps its attac
 # Gradients between sweeps: one long sweep is faster than many short ones, but holds what it has not passed.
 _SWEEP_EVERY = 4
 _plans = PlanCache()
+_current_group, _set_group = torch._C._get_graph_exec_group, torch._C._set_graph_exec_group
 
 
 def attach(loss: Tensor, params: Iterable[Tensor] | None = None, *, method: Method = "hesscale") -> Attachment:
@@ -84,8 +84,7 @@ def attach(loss: Tensor, params: Iterable[Tensor] | None = None, *, method: Meth
         for plan, nodes, following in _plans.matching(key, root, wanted):
             if wanted is not None and len(plan.leaves) != len(wanted) and _inner(wanted):
                 break
-            with _recomputing_once():
-                hooks = _arm(attachment, plan, nodes, following, {}, method)
+            hooks = _arm(attachment, plan, nodes, following, {}, method)
             if hooks is not None:
                 break
         if hooks is None:
@@ -97,8 +96,7 @@ def attach(loss: Tensor, params: Iterable[Tensor] | None = None, *, method: Meth
             plan = make_plan(root, found, list(inner), method)
             _plans.add(key, plan)
             following = [node.next_functions for node in found.nodes]
-            with _recomputing_once():
-                hooks = _arm(attachment, plan, found.nodes, following, inner, method)
+            hooks = _arm(attachment, plan, found.nodes, following, inner, method)
             assert hooks is not None  # the plan was made for this graph
     except RuntimeError as error:
         if "through the graph a second time" in str(error):
@@ -214,8 +212,28 @@ def _arm(
 
     None if the plan does not fit after all, because an operation works along another dimension than when it was made.
     """
-    if any(works_along_rows(nodes[position], following[position]) for position in plan.declined):
-        return None
+    # A checkpointed block recomputes itself once for all rules that ask for its tensors, and not for each.
+    alone = _current_group() is None
+    if alone:
+        _set_group(GraphExecGroup())
+    try:
+        if plan.declined and any(works_along_rows(nodes[position], following[position]) for position in plan.declined):
+            return None
+        return _armed(attachment, plan, nodes, following, inner, method)
+    finally:
+        if alone:
+            _set_group(None)
+
+
+def _armed(
+    attachment: Attachment,
+    plan: Plan,
+    nodes: list[Node],
+    following: list[Any],
+    inner: dict[Output, Tensor],
+    method: str,
+) -> list[tuple[Node, Callable[..., None]]] | None:
+    """:func:`_arm`, once it is clear that nothing is recomputed twice."""
     formulas: list[Formula | None] = []
     gradients: list[Any] = []
     awaited: list[int] = []
@@ -227,7 +245,7 @@ def _arm(
             formulas.append(joined)
             curved = True
             if turns:
-                attachment._turned[k] = flips
+                attachment._turned = {**attachment._turned, k: flips}
         elif cell == 0 and not rule.curved:  # no curvature arrives at the root, and none is made there
             formulas.append(None)
             curved = False
@@ -238,7 +256,7 @@ def _arm(
             formulas.append(rule.build(operation))
             curved = operation.curved
             if turns and True in flips:
-                attachment._turned[k] = flips
+                attachment._turned = {**attachment._turned, k: flips}
         if not curved:
             gradients.append(PLAIN)
         elif inside:
@@ -254,7 +272,8 @@ def _arm(
     for (node, output), tensor in inner.items():
         if node in nodes:
             cell = nodes.index(node)
-            attachment._inner[cell if output == 0 else plan.beyond[(cell, output)]] = (node, tensor)
+            place = cell if output == 0 else plan.beyond[(cell, output)]
+            attachment._inner = {**attachment._inner, place: (node, tensor)}
 
     ref = weakref.ref(attachment)
     store = gradients.__setitem__
@@ -270,11 +289,6 @@ def _arm(
             hook = partial(on_sweep, ref, k)
         hooks.append((nodes[plan.steps[k].cell], hook))
     return hooks
-
-
-def _recomputing_once() -> contextlib.AbstractContextManager[Any]:
-    """Lets a checkpointed block recompute itself once for all rules that ask for its tensors, and not for each."""
-    return GraphExecGroup() if torch._C._get_graph_exec_group() is None else contextlib.nullcontext()
 
 
 def _join(composite: Composite, nodes: list[Node], following: list[Any], method: str) -> Formula | None:
