@@ -35,6 +35,9 @@ _will_execute = torch._C._will_engine_execute_node
 _without_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", torch.no_grad)
 
 
+_running: weakref.WeakValueDictionary[int, Attachment] = weakref.WeakValueDictionary()  # by autograd's own number
+
+
 class Attachment:
     """One armed backward pass. It is spent when that pass ends; :meth:`remove` disarms it earlier."""
 
@@ -83,6 +86,16 @@ class Attachment:
                 self._inner = {cell: sink for cell, sink in self._inner.items() if _will_execute(sink[0])}
             except RuntimeError:
                 return False  # torch.autograd.grad(): stay armed for the backward() to come
+        task = torch._C._current_graph_task_id()
+        other = _running.get(task)
+        if other is not None and other is not self and other.active:
+            self.remove()
+            other.remove()
+            raise RuntimeError(
+                "two attached losses met in one backward pass, in which neither can tell its own "
+                "gradient: attach their sum, or call backward() on each"
+            )
+        _running[task] = self
         self._fresh = {cell for cell, node in self._leaves if node.variable.grad is None}
         self._started = True
         Variable._execution_engine.queue_callback(partial(_finish, ref))

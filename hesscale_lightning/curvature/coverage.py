@@ -88,6 +88,7 @@ class CoverageReport:
             f"{len(self.exact)} exact, {len(self.approximate)} approximate, {len(self.unsupported)} unsupported"
             + (f"; {self.unreached} of the wanted tensors are not reached" if self.unreached else "")
         )
+        lines.append("exact: passes on all that arrives; what mixing operations make off the diagonal is dropped")
         return "\n".join(lines)
 
 
@@ -118,6 +119,7 @@ def coverage(loss: Tensor, params: Iterable[Tensor] | None = None) -> CoverageRe
         exact        PowBackward0   1
         exact        TanhBackward0  1
         4 exact, 2 approximate, 0 unsupported
+        exact: passes on all that arrives; what mixing operations make off the diagonal is dropped
     """
     root = root_of(loss, "hesscale")
     leaves, inner = wanted_tensors(params)

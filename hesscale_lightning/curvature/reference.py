@@ -38,14 +38,13 @@ def exact_hess_diag(loss: Tensor, params: Iterable[Tensor]) -> list[Tensor]:
     gradients = torch.autograd.grad(loss.sum(), params, create_graph=True, allow_unused=True)
     diagonals = []
     for p, g in zip(params, gradients, strict=True):
-        diagonal = torch.zeros_like(p, requires_grad=False)
+        entries = torch.zeros(p.numel(), dtype=p.dtype, device=p.device)
         if g is not None and g.requires_grad:
-            entries = diagonal.view(-1)
             for i, entry in enumerate(g.reshape(-1)):
                 (row,) = torch.autograd.grad(entry, p, retain_graph=True, allow_unused=True)
                 if row is not None:
                     entries[i] = row.reshape(-1)[i]
-        diagonals.append(diagonal)
+        diagonals.append(entries.view(p.shape))
     return diagonals
 
 

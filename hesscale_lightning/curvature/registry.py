@@ -222,6 +222,11 @@ def no_rule(root: Node, node: Node, hint: str = "") -> UnsupportedOperationError
     name = node.name()
     way = " -> ".join(step.name() for step in path(root, node))
     advice = hint or _ADVICE.get(name)
+    if not advice and "BackwardBackward" in name:
+        advice = (
+            "the loss contains a gradient that was computed with create_graph=True, as a gradient penalty does; "
+            "curvature of such a loss is not supported"
+        )
     if not advice:
         advice = (
             f'register a rule for it with @hesscale_lightning.register_rule("{name}"), or take the parameters behind '

@@ -100,6 +100,8 @@ class StepSizeScaling(Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if isinstance(optimizer, AdaHesScale):
             raise TypeError("AdaHesScale has a trust region of its own: pass delta to it instead of wrapping it")
+        if isinstance(optimizer, StepSizeScaling):
+            raise TypeError("the optimizer is a StepSizeScaling already: set its delta instead")
         if isinstance(optimizer, torch.optim.LBFGS):
             raise TypeError("LBFGS moves the parameters several times in one step, which cannot be scaled as one step")
         if not delta > 0:

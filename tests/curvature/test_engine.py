@@ -558,6 +558,64 @@ def test_a_lost_attachment_is_an_error_and_not_a_missing_diagonal() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_two_attached_losses_in_one_backward_pass_are_refused() -> None:
+    """Each would take the sum of both gradients for its own."""
+    for backward_of in (lambda a, b: torch.autograd.backward([a, b]), lambda a, b: (a + b).backward()):
+        w = torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
+        z = w.sin()
+        a, b = (z**3).sum(), z.exp().sum()
+        attach(a)
+        attach(b)
+        with pytest.raises(RuntimeError, match="attach their sum"):
+            backward_of(a, b)
+        assert getattr(w, "hess_diag", None) is None
+        w.grad = None
+        backward(w.sin().exp().sum())
+        (exact,) = exact_hess_diag(w.sin().exp().sum(), [w])
+        torch.testing.assert_close(w.hess_diag, exact)
+
+
+def test_two_losses_of_one_graph_add_up_in_passes_of_their_own() -> None:
+    w = torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
+    z = w.sin()
+    a, b = (z**3).sum(), z.exp().sum()
+    (exact,) = exact_hess_diag(a + b, [w])
+    backward(a, retain_graph=True)
+    backward(b)
+    torch.testing.assert_close(w.hess_diag, exact)
+
+
+def test_backward_hooks_of_modules_do_not_stand_in_the_way() -> None:
+    x, t = batch(8, 4, 3)
+    plain, hooked = mlp(4, 5, 3), mlp(4, 5, 3)
+    seen: list[Any] = []
+    for layer in hooked:
+        layer.register_full_backward_hook(lambda *args: seen.append(args))
+    backward(F.cross_entropy(plain(x), t))
+    backward(F.cross_entropy(hooked(x.requires_grad_()), t))
+    assert len(seen) == 3
+    for p, q in zip(plain.parameters(), hooked.parameters(), strict=True):
+        assert torch.equal(p.hess_diag, q.hess_diag)
+
+
+def test_double_backward_in_the_loss_is_refused_with_its_reason() -> None:
+    model = mlp(4, 5, 3)
+    x, _ = batch(8, 4, 3)
+    (g,) = torch.autograd.grad(model(x.requires_grad_()).sum(), x, create_graph=True)
+    with pytest.raises(UnsupportedOperationError, match="gradient penalty"):
+        attach(g.square().sum())
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "transposed"])
+def test_the_dense_reference_takes_parameters_of_any_layout(layout: str) -> None:
+    w = torch.randn(2, 3, 2, 2, dtype=torch.float64)
+    w = (w.to(memory_format=torch.channels_last) if layout == "channels_last" else w.transpose(0, 1)).requires_grad_()
+    (exact,) = exact_hess_diag(w.exp().sum(), [w])
+    assert torch.equal(exact, w.detach().exp())
+    backward(w.exp().sum())
+    torch.testing.assert_close(w.hess_diag, exact)
+
+
 def test_stop_iteration_in_a_rule_becomes_a_runtime_error() -> None:
     """Lightning takes a StopIteration for the end of the data."""
 

@@ -39,6 +39,7 @@ ELSEWHERE = {
     "ScaledDotProductFusedAttentionOverrideableBackward0": (
         "the formula of ScaledDotProductFlashAttentionForCpuBackward0"
     ),
+    "BackwardHookFunctionBackward": "tests/curvature/test_engine.py, with a module's hook",
     "_DDPSinkBackward": "tests/test_callback.py, with two processes",
 }
 

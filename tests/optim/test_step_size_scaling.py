@@ -313,3 +313,9 @@ def test_stats_describe_the_step_that_was_made() -> None:
 def test_what_cannot_work_is_refused(make: Callable[[Params], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make(make_params())
+
+
+def test_a_scaled_optimizer_is_not_scaled_twice():
+    p = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(TypeError, match="already"):
+        StepSizeScaling(StepSizeScaling(torch.optim.SGD([p], lr=1.0)))

@@ -1,4 +1,4 @@
-"""Nodes that distributed training adds to a graph."""
+"""Identities that frameworks put into a graph: around distributed modules, and where modules have backward hooks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, register_rule
 
 
-@register_rule("_DDPSinkBackward", multi_output=True)
-def ddp_sink(op: Operation) -> Formula:
-    """DistributedDataParallel's identity around a module's outputs; what comes before the outputs is its own."""
+@register_rule("_DDPSinkBackward", "BackwardHookFunctionBackward", multi_output=True)
+def identity(op: Operation) -> Formula:
+    """The identity around a module's inputs or outputs; what comes before these is the framework's own."""
     own = len(op.needs) - len(op.node._input_metadata)
 
     def formula(h: tuple[Tensor | None, ...]) -> Diagonals:
