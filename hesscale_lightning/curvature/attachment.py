@@ -35,7 +35,7 @@ _will_execute = torch._C._will_engine_execute_node
 _without_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", torch.no_grad)
 
 
-_running: weakref.WeakValueDictionary[int, Attachment] = weakref.WeakValueDictionary()  # by autograd's own number
+_latest: list[Any] = [None, None]  # autograd's number of the pass that began last, and a reference to its attachment
 
 
 class Attachment:
@@ -87,7 +87,7 @@ class Attachment:
             except RuntimeError:
                 return False  # torch.autograd.grad(): stay armed for the backward() to come
         task = torch._C._current_graph_task_id()
-        other = _running.get(task)
+        other = _latest[1]() if _latest[0] == task else None
         if other is not None and other is not self and other.active:
             self.remove()
             other.remove()
@@ -95,7 +95,7 @@ class Attachment:
                 "two attached losses met in one backward pass, in which neither can tell its own "
                 "gradient: attach their sum, or call backward() on each"
             )
-        _running[task] = self
+        _latest[:] = task, ref
         self._fresh = {cell for cell, node in self._leaves if node.variable.grad is None}
         self._started = True
         Variable._execution_engine.queue_callback(partial(_finish, ref))
