@@ -9,6 +9,7 @@ import pytest
 
 from hesscale_lightning.curvature import registered_rules
 from hesscale_lightning.curvature.operations import operations_table
+from tests.curvature import model_reports
 
 FAMILIES = sorted(path.stem for path in Path(__file__).parent.glob("test_*.py"))
 
@@ -55,4 +56,10 @@ def test_documentation_lists_every_operation() -> None:
     page = Path(__file__).parents[2] / "docs" / "operations.md"
     assert operations_table() in page.read_text(), (
         "docs/operations.md is not up to date: run python -m hesscale_lightning.curvature.operations --write"
+    )
+
+
+def test_documentation_reports_on_every_model() -> None:
+    assert model_reports.PAGE.read_text() == model_reports.page(), (
+        "docs/models.md is not up to date: run python -m tests.curvature.model_reports"
     )
