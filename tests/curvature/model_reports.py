@@ -18,13 +18,13 @@ from tests.curvature.models import MODELS
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 HEAD = """# Models, and where their curvature is approximate
 
-A small instance of each of these runs in the tests, unmodified, in train and eval mode, float32 and float64, and is compared
-with a slow, independent implementation of the recursion (`tests/curvature/test_models.py`, `test_models_slowly.py`; not
-the speech model with its CTC loss, and attention by its composed backend). Below is the coverage report of each in eval
-mode; `python -m tests.curvature.model_reports` writes this page.
+A small instance of each of these runs in the tests, unmodified, in train and eval mode, float32 and float64, and is
+compared with a slow, independent implementation of the recursion (`tests/curvature/test_models.py`,
+`test_models_slowly.py`; not the speech model with its CTC loss, and attention by its composed backend). Below is the
+coverage report of each in eval mode; `python -m tests.curvature.model_reports` writes this page.
 
-An operation is *exact* if it passes on all the curvature that arrives, and *approximate* where the cross term of two paths
-that meet is dropped, as at every residual addition. The off-diagonal entries that linear layers and other mixing
+An operation is *exact* if it passes on all the curvature that arrives, and *approximate* where the cross term of two
+paths that meet is dropped, as at every residual addition. The off-diagonal entries that linear layers and other mixing
 operations make are always dropped: that is HesScale.
 """
 
