@@ -6,6 +6,8 @@ second derivative in one operand.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -71,10 +73,23 @@ def bmm(op: Operation) -> Formula:
     )
 
 
-@register_rule("BaddbmmBackward0", bilinear=True)
-def baddbmm(op: Operation) -> Formula:
-    """``Y = beta C + alpha A B``."""
-    a, b = op.node._saved_batch1, op.node._saved_batch2
+def _added_product(
+    op: Operation,
+    left: str,
+    right: str,
+    at_left: Callable[[Tensor, Tensor], Tensor],
+    at_right: Callable[[Tensor, Tensor], Tensor],
+) -> Formula:
+    """``Y = beta C + alpha f(A, B)`` with a bilinear ``f``.
+
+    Args:
+        op: The operation.
+        left: What the node calls A.
+        right: What the node calls B.
+        at_left: From h and ``B^2`` the curvature at A.
+        at_right: From ``A^2`` and h the curvature at B.
+    """
+    a, b = getattr(op.node, f"_saved_{left}"), getattr(op.node, f"_saved_{right}")
     alpha, beta = op.node._saved_alpha, op.node._saved_beta
     need_c, need_a, need_b = op.needs
     shape = op.input_shape(0) if need_c else torch.Size()
@@ -83,30 +98,23 @@ def baddbmm(op: Operation) -> Formula:
         scaled = h * alpha**2
         return (
             h.sum_to_size(shape) * beta**2 if need_c else None,
-            scaled.bmm(squared(b).mT) if need_a else None,
-            squared(a).mT.bmm(scaled) if need_b else None,
+            at_left(scaled, squared(b)) if need_a else None,
+            at_right(squared(a), scaled) if need_b else None,
         )
 
     return formula
+
+
+@register_rule("BaddbmmBackward0", bilinear=True)
+def baddbmm(op: Operation) -> Formula:
+    """``Y = beta C + alpha A B``."""
+    return _added_product(op, "batch1", "batch2", lambda h, b: h.bmm(b.mT), lambda a, h: a.mT.bmm(h))
 
 
 @register_rule("AddbmmBackward0", bilinear=True)
 def addbmm(op: Operation) -> Formula:
     """``Y = beta C + alpha sum_k A_k B_k``."""
-    a, b = op.node._saved_batch1, op.node._saved_batch2
-    alpha, beta = op.node._saved_alpha, op.node._saved_beta
-    need_c, need_a, need_b = op.needs
-    shape = op.input_shape(0) if need_c else torch.Size()
-
-    def formula(h: Tensor) -> Diagonals:
-        scaled = (h * alpha**2).unsqueeze(0)
-        return (
-            h.sum_to_size(shape) * beta**2 if need_c else None,
-            scaled.matmul(squared(b).mT) if need_a else None,
-            squared(a).mT.matmul(scaled) if need_b else None,
-        )
-
-    return formula
+    return _added_product(op, "batch1", "batch2", lambda h, b: h.matmul(b.mT), lambda a, h: a.mT.matmul(h))
 
 
 @register_rule("MvBackward0", bilinear=True)
@@ -122,39 +130,13 @@ def mv(op: Operation) -> Formula:
 @register_rule("AddmvBackward0", bilinear=True)
 def addmv(op: Operation) -> Formula:
     """``y = beta c + alpha A x``."""
-    a, x = op.node._saved_mat, op.node._saved_vec
-    alpha, beta = op.node._saved_alpha, op.node._saved_beta
-    need_c, need_a, need_x = op.needs
-    shape = op.input_shape(0) if need_c else torch.Size()
-
-    def formula(h: Tensor) -> Diagonals:
-        scaled = h * alpha**2
-        return (
-            h.sum_to_size(shape) * beta**2 if need_c else None,
-            torch.outer(scaled, squared(x)) if need_a else None,
-            squared(a).t().mv(scaled) if need_x else None,
-        )
-
-    return formula
+    return _added_product(op, "mat", "vec", torch.outer, lambda a, h: a.t().mv(h))
 
 
 @register_rule("AddrBackward0", bilinear=True)
 def addr(op: Operation) -> Formula:
     """``Y = beta C + alpha a b^T``."""
-    a, b = op.node._saved_vec1, op.node._saved_vec2
-    alpha, beta = op.node._saved_alpha, op.node._saved_beta
-    need_c, need_a, need_b = op.needs
-    shape = op.input_shape(0) if need_c else torch.Size()
-
-    def formula(h: Tensor) -> Diagonals:
-        scaled = h * alpha**2
-        return (
-            h.sum_to_size(shape) * beta**2 if need_c else None,
-            scaled.mv(squared(b)) if need_a else None,
-            scaled.t().mv(squared(a)) if need_b else None,
-        )
-
-    return formula
+    return _added_product(op, "vec1", "vec2", lambda h, b: h.mv(b), lambda a, h: h.t().mv(a))
 
 
 @register_rule("DotBackward0", "VdotBackward0", bilinear=True)
