@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import GraphExecGroup
+from torch.utils.checkpoint import CheckpointError, GraphExecGroup
 
 from hesscale_lightning.curvature.attachment import AWAITED, PLAIN, Attachment, on_gate, on_sweep
 from hesscale_lightning.curvature.composite import Composite, composite_formula, works_along_rows
@@ -213,16 +213,15 @@ def _arm(
     None if the plan does not fit after all, because an operation works along another dimension than when it was made.
     """
     # A checkpointed block recomputes itself once for all rules that ask for its tensors, and not for each.
-    alone = _current_group() is None
-    if alone:
+    if _current_group() is None:
         _set_group(GraphExecGroup())
-    try:
-        if plan.declined and any(works_along_rows(nodes[position], following[position]) for position in plan.declined):
-            return None
-        return _armed(attachment, plan, nodes, following, inner, method)
-    finally:
-        if alone:
+        try:
+            return _armed(attachment, plan, nodes, following, inner, method)
+        except CheckpointError:
+            pass  # two rules ask for one tensor, which a group hands out once: recompute for each
+        finally:
             _set_group(None)
+    return _armed(attachment, plan, nodes, following, inner, method)
 
 
 def _armed(
@@ -233,7 +232,9 @@ def _armed(
     inner: dict[Output, Tensor],
     method: str,
 ) -> list[tuple[Node, Callable[..., None]]] | None:
-    """:func:`_arm`, once it is clear that nothing is recomputed twice."""
+    """:func:`_arm`, apart from what it does for checkpointed blocks."""
+    if plan.declined and any(works_along_rows(nodes[position], following[position]) for position in plan.declined):
+        return None
     formulas: list[Formula | None] = []
     gradients: list[Any] = []
     awaited: list[int] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -65,6 +67,25 @@ def test_checkpointed_block_is_recomputed_once_more_for_all_its_rules() -> None:
     assert model.runs == 4
     loss.backward()
     assert model.runs == 6
+
+
+def entropy_and_log_probability(x: Tensor) -> Tensor:
+    log_p = x - x.logsumexp(-1, keepdim=True)
+    return (log_p * log_p.softmax(-1)).sum(-1) + log_p[:, 0].exp()
+
+
+@pytest.mark.parametrize(
+    "block",
+    [lambda x: x.exp() * x.exp().softmax(0), entropy_and_log_probability, lambda x: F.rms_norm(x, (4,))],
+    ids=["softmax of columns", "shared members", "norm along rows"],
+)
+def test_checkpointed_composites_give_the_same_diagonals(block: Callable[[Tensor], Tensor]) -> None:
+    """Also where two rules ask for one saved tensor, and when the plan is used again."""
+    for _ in range(2):
+        plain, checkpointed = X.clone().requires_grad_(), X.clone().requires_grad_()
+        backward(block(plain).sin().sum())
+        backward(checkpoint(block, checkpointed, use_reentrant=False).sin().sum())
+        assert torch.equal(plain.hess_diag, checkpointed.hess_diag)
 
 
 def test_reentrant_checkpointing_is_refused_with_advice() -> None:
