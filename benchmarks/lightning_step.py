@@ -26,7 +26,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from benchmarks.timing import Ratio, ratios
+from benchmarks.timing import Ratio, ratios, write_table
 from hesscale_lightning import AdaHesScale, HesScaleCallback, attach
 
 STEPS = 50
@@ -130,19 +130,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20.0, help="how long to measure")
     parser.add_argument("--json", type=Path, help="also write every number to this file")
+    parser.add_argument("--write", type=Path, help="also replace the table in this page, for example docs/lightning.md")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     print("Time of a training step; median (quartiles) of interleaved rounds of 50 steps, one thread.\n")
-    print("| variant | step | over attach by hand | to reach |")
-    print("|---|---|---|---|")
+    lines = ["| variant | step | over attach by hand | to reach |", "|---|---|---|---|"]
     results = []
     for name, ratio in rows(args.seconds):
         target = f"{TARGET:.2f}" if name == "callback" else ""
-        print(f"| {name} | {ratio.variant_us / STEPS / 1000:.3f} ms | {ratio} | {target} |")
+        lines.append(f"| {name} | {ratio.variant_us / STEPS / 1000:.3f} ms | {ratio} | {target} |")
         results.append({"variant": name, **vars(ratio)})
+    print("\n".join(lines))
+    if args.write:
+        write_table(args.write, "lightning", "\n".join(lines))
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
 
