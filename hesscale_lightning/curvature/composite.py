@@ -438,7 +438,7 @@ def _row_formula(composite: Composite, operations: Sequence[Operation]) -> Formu
         results: list[Tensor | None] = []
         for source, flat in enumerate(composite.flat_sources):
             taylor = carried(rows.source(shapes[source], width, flat), None, source, partials)
-            total = rows.curvature(taylor, g, h, width)
+            total = rows.curvature(taylor, g, h)
             if isinstance(total, Tensor):
                 shape = shapes[source]
                 if not flat and shape and total.shape[-1] < shape[-1]:  # alike for all entries of a row
@@ -453,7 +453,7 @@ def _row_formula(composite: Composite, operations: Sequence[Operation]) -> Formu
             member, op = members[place], operations[place]
             shape = op.output_shape()
             taylor = carried(rows.source(shape, width, member.flat), place, None, partials)
-            sent = rows.pulled(taylor.first, g, width)
+            sent = rows.pulled(taylor.first, g)
             assert isinstance(sent, Tensor)
             results.append((sent.squeeze(-1) if member.flat else sent).sum_to_size(shape))
         return results

@@ -194,17 +194,17 @@ def source(shape: torch.Size, width: int, flat: bool) -> Taylor:
     return Taylor(Terms(1.0, ()) if whole_row else Terms(None, ((1.0, 1.0),)), ZERO)
 
 
-def curvature(taylor: Taylor, g: Tensor | None, h: Tensor | None, width: int) -> Factor:
+def curvature(taylor: Taylor, g: Tensor | None, h: Tensor | None) -> Factor:
     """``sum_j h_j (dv_j/dx_k)^2 + g_j d2v_j/dx_k^2``."""
     total: Factor = 0.0
     if h is not None:
-        total = pulled(times(taylor.first, taylor.first), h, width)
+        total = pulled(times(taylor.first, taylor.first), h)
     if g is not None:
-        total = pulled(taylor.second, g, width) if h is None else total + pulled(taylor.second, g, width)
+        total = pulled(taylor.second, g) if h is None else total + pulled(taylor.second, g)
     return total
 
 
-def pulled(terms: Terms, weights: Tensor, width: int) -> Factor:
+def pulled(terms: Terms, weights: Tensor) -> Factor:
     """``sum_j weights_j (...)`` by ``k``."""
     total: Factor | None = None if terms.diagonal is None else _product(terms.diagonal, weights)
     row: Tensor | None = None  # sum_j weights_j
