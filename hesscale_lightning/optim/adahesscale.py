@@ -70,6 +70,10 @@ class AdaHesScale(Optimizer):
     of the loss as clipping rescales it. Code that unscales or reduces diagonals itself calls :meth:`record_gradients`
     afterwards, in every step.
 
+    Attributes:
+        awaits_diagonals: True from ``zero_grad`` to ``step``. Code that attaches for several optimizers reads here which
+            of them the next backward pass is for.
+
     Args:
         params: parameters, named parameters, or param groups; every option below can be set per group.
         lr: learning rate (default: 1e-2, the best shared one of the study in docs/optimization.md; 3e-3 was better with
@@ -151,6 +155,7 @@ class AdaHesScale(Optimizer):
         self._rescaling = GradientRescaling()
         self._latest: list[StepRecord] = []
         self._buffers: dict[Tensor, Tensor] = {}
+        self.awaits_diagonals = True
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -170,6 +175,7 @@ class AdaHesScale(Optimizer):
         self._rescaling = GradientRescaling(self.param_groups)
         self._latest = []
         self._buffers = {}
+        self.awaits_diagonals = True
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load the optimizer's state.
@@ -192,6 +198,7 @@ class AdaHesScale(Optimizer):
         """Reset the gradients and drop the diagonals of all optimized parameters."""
         super().zero_grad(set_to_none)
         clear_diagonals(self.param_groups)
+        self.awaits_diagonals = True
 
     def record_gradients(self) -> None:
         """Declare that gradients and diagonals, as they are now, belong to the same loss.
@@ -238,6 +245,7 @@ class AdaHesScale(Optimizer):
             self._update_group(group, scale, found)
             for group, scale, found in zip(self.param_groups, self._rescaling.take(), gathered, strict=True)
         ]
+        self.awaits_diagonals = False
         return loss
 
     @never_compiled

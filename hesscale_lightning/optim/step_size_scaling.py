@@ -53,6 +53,9 @@ class StepSizeScaling(Optimizer):
     wrapped one, with which it shares ``param_groups`` and ``state``. Its ``state_dict`` is the wrapped optimizer's with
     one more entry, so either can load the other's checkpoint. Weight decay counts as part of the step.
 
+    Attributes:
+        awaits_diagonals: see :class:`AdaHesScale`.
+
     Args:
         optimizer: the optimizer to wrap. Not LBFGS, which moves several times within a step, and not
             :class:`AdaHesScale`, which has ``delta`` itself.
@@ -147,6 +150,7 @@ class StepSizeScaling(Optimizer):
             name = f"_optimizer_{kind}_hooks"
             setattr(self, name, getattr(self.optimizer, name))
         self._buffers: dict[Tensor, Tensor] = {}
+        self.awaits_diagonals = True
         self._reset_groups()
 
     def _reset_groups(self) -> None:
@@ -164,6 +168,7 @@ class StepSizeScaling(Optimizer):
         """Reset the gradients and drop the diagonals of all optimized parameters."""
         self.optimizer.zero_grad(set_to_none)
         clear_diagonals(self.param_groups)
+        self.awaits_diagonals = True
 
     def record_gradients(self) -> None:
         """Declare that gradients and diagonals, as they are now, belong to the same loss.
@@ -224,6 +229,7 @@ class StepSizeScaling(Optimizer):
             self._scale_group(group, params, grad_scale)
             for group, params, grad_scale in zip(self.param_groups, moving, grad_scales, strict=True)
         ]
+        self.awaits_diagonals = False
         return loss
 
     def _gather(self, group_index: int) -> list[Tensor]:

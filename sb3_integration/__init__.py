@@ -1,0 +1,45 @@
+"""HesScale for Stable-Baselines3: pass another policy class, and AdaHesScale drives the algorithm.
+
+from stable_baselines3 import PPO
+from sb3_integration import HesScaleActorCriticPolicy
+
+PPO(HesScaleActorCriticPolicy, "CartPole-v1").learn(50_000)
+"""
+
+from sb3_integration.callback import HesScaleLoggingCallback
+from sb3_integration.policies import (
+    HesScaleActionValueMixin,
+    HesScaleActorCriticCnnPolicy,
+    HesScaleActorCriticMixin,
+    HesScaleActorCriticPolicy,
+    HesScaleDQNCnnPolicy,
+    HesScaleDQNMultiInputPolicy,
+    HesScaleDQNPolicy,
+    HesScaleMultiInputActorCriticPolicy,
+    HesScaleSACCnnPolicy,
+    HesScaleSACMultiInputPolicy,
+    HesScaleSACPolicy,
+    HesScaleTD3CnnPolicy,
+    HesScaleTD3MultiInputPolicy,
+    HesScaleTD3Policy,
+    HesScaleValueMixin,
+)
+
+__all__ = [
+    "HesScaleActionValueMixin",
+    "HesScaleActorCriticCnnPolicy",
+    "HesScaleActorCriticMixin",
+    "HesScaleActorCriticPolicy",
+    "HesScaleDQNCnnPolicy",
+    "HesScaleDQNMultiInputPolicy",
+    "HesScaleDQNPolicy",
+    "HesScaleLoggingCallback",
+    "HesScaleMultiInputActorCriticPolicy",
+    "HesScaleSACCnnPolicy",
+    "HesScaleSACMultiInputPolicy",
+    "HesScaleSACPolicy",
+    "HesScaleTD3CnnPolicy",
+    "HesScaleTD3MultiInputPolicy",
+    "HesScaleTD3Policy",
+    "HesScaleValueMixin",
+]

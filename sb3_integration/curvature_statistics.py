@@ -1,0 +1,51 @@
+"""What the logging callback says about the curvature of a step.
+
+Diagonals are consumed by the optimizer's step, and no callback of Stable-Baselines3 runs within ``train()``. So they
+are looked at right before a step, and only if somebody asked since the last one: once per rollout, not once per step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class CurvatureStatistics:
+    """Statistics of the diagonals of each param group, of one step after every :meth:`request`."""
+
+    def __init__(self) -> None:
+        self._values: dict[Optimizer, list[dict[str, Tensor]]] = {}
+        self._requested = False
+        self._answered: set[Optimizer] = set()
+
+    def request(self) -> None:
+        """Asks for the next step of every optimizer."""
+        self._requested = True
+        self._answered.clear()
+
+    @torch.no_grad()
+    def take(self, optimizer: Optimizer) -> None:
+        """Looks at the diagonals that wait for this optimizer's step, if that was asked for."""
+        if self._requested and optimizer not in self._answered:
+            self._answered.add(optimizer)
+            self._values[optimizer] = [_describe(group) for group in optimizer.param_groups]
+
+    def of(self, optimizer: Optimizer) -> list[dict[str, Tensor]]:
+        """The latest statistics, a dictionary for each param group; empty where nothing is known."""
+        return self._values.get(optimizer, [{} for _ in optimizer.param_groups])
+
+
+def _describe(group: dict[str, Any]) -> dict[str, Tensor]:
+    diagonals = [h.flatten() for p in group["params"] if (h := getattr(p, "hess_diag", None)) is not None]
+    if not diagonals:
+        return {}
+    h = torch.cat(diagonals)
+    return {
+        "curvature_mean_abs": h.abs().mean(),
+        "curvature_max_abs": h.abs().max(),
+        "curvature_trace": h.sum(),
+        "curvature_negative_fraction": (h < 0).to(h.dtype).mean(),
+    }

@@ -1,0 +1,69 @@
+"""The optimizer that a policy uses where ``policy_kwargs`` says nothing, per family of algorithms.
+
+Stable-Baselines3's learning rates are made for Adam, whose normalised update has no units. AdaHesScale's ``lr`` is the
+fraction of a damped Newton step, so ``lr_scale`` translates the one into the other, and ``delta`` bounds how far the
+quadratic model may move the loss in one step. Where the values come from: docs/reinforcement_learning.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from hesscale_lightning.curvature.engine import Method
+from hesscale_lightning.optim import AdaHesScale
+
+
+@dataclass(frozen=True)
+class OptimizerDefaults:
+    """What a family of algorithms starts from.
+
+    Attributes:
+        method: curvature estimate, as for :func:`hesscale_lightning.attach`.
+        optimizer_kwargs: AdaHesScale's options.
+    """
+
+    method: Method
+    optimizer_kwargs: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+PPO = OptimizerDefaults("hesscale", {"lr_scale": 10.0, "eps": 1e-5, "delta": 1e-4})
+A2C = OptimizerDefaults("hesscale_gn", {"lr_scale": 10.0, "eps": 1e-5, "delta": 1e-4})
+DQN = OptimizerDefaults("hesscale", {"lr_scale": 10.0, "eps": 1e-5})
+ACTOR_CRITIC_OFF_POLICY = OptimizerDefaults("hesscale", {"lr_scale": 10.0, "eps": 1e-5})
+
+
+def injected_by_a2c(optimizer_class: type[Optimizer] | None, optimizer_kwargs: Mapping[str, Any] | None) -> bool:
+    """Whether it was A2C that chose this optimizer, because nobody else had: its own RMSprop, to the letter."""
+    kwargs = dict(optimizer_kwargs or {})
+    return (
+        optimizer_class is torch.optim.RMSprop
+        and set(kwargs) == {"alpha", "eps", "weight_decay"}
+        and kwargs["alpha"] == 0.99
+        and kwargs["weight_decay"] == 0
+    )
+
+
+def injected_by_qrdqn(optimizer_class: type[Optimizer] | None, optimizer_kwargs: Mapping[str, Any] | None) -> bool:
+    """Whether it was QR-DQN that chose this optimizer: Adam with ``eps = 0.01 / batch_size``, a power of two."""
+    kwargs = dict(optimizer_kwargs or {})
+    if optimizer_class is not torch.optim.Adam or set(kwargs) != {"eps"} or not kwargs["eps"] > 0:
+        return False
+    batch_size = 0.01 / kwargs["eps"]
+    return any(abs(batch_size / 2**k - 1) < 1e-9 for k in range(16))
+
+
+def resolve(
+    optimizer_class: Any, optimizer_kwargs: Mapping[str, Any] | None, defaults: OptimizerDefaults
+) -> tuple[Any, dict[str, Any] | None]:
+    """The optimizer to build: AdaHesScale with the defaults under the user's options, or what the user chose."""
+    if optimizer_class is None:
+        optimizer_class = AdaHesScale
+    if optimizer_class is AdaHesScale:
+        return optimizer_class, {**defaults.optimizer_kwargs, **(optimizer_kwargs or {})}
+    return optimizer_class, None if optimizer_kwargs is None else dict(optimizer_kwargs)

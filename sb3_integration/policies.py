@@ -1,0 +1,305 @@
+"""Policies that bring a curvature-aware optimizer to Stable-Baselines3's algorithms, which stay as they are.
+
+Every policy is Stable-Baselines3's own with a mixin before it. The mixin chooses the optimizer, gives each network its
+own param group, and tags one output, through which the loss finds the engine (see ``loss_seam``). The mixins are
+public: put one before a policy class of your own, or before one of sb3-contrib's (see ``contrib``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from stable_baselines3.common.policies import (
+    ActorCriticCnnPolicy,
+    ActorCriticPolicy,
+    BasePolicy,
+    MultiInputActorCriticPolicy,
+)
+from stable_baselines3.dqn import policies as dqn
+from stable_baselines3.sac import policies as sac
+from stable_baselines3.td3 import policies as td3
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hesscale_lightning.curvature.engine import METHODS, Method
+from hesscale_lightning.optim import StepSizeScaling
+from sb3_integration import defaults
+from sb3_integration.loss_seam import LossSeam, OutputTag, optimizers_of
+
+_OptimizerKwargs = Mapping[str, Any] | None
+
+
+class HesScaleMixin(BasePolicy):
+    """What the mixins of all algorithms have in common; use one of its subclasses.
+
+    Args:
+        args: The policy's own arguments.
+        method: Curvature estimate: "hesscale", "hesscale_gn", or another of :func:`hesscale_lightning.attach`'s. None
+            takes the algorithm's default.
+        actor_optimizer_kwargs: Options of the actor's param group alone, such as ``{"lr_scale": 3.0, "delta": 1e-5}``.
+        critic_optimizer_kwargs: The same for the critic.
+        features_optimizer_kwargs: The same for what actor and critic share: a common features extractor.
+        kwargs: The policy's own keyword arguments. ``optimizer_class`` may be any optimizer; only those that use
+            diagonals (:class:`hesscale_lightning.AdaHesScale`, or a function that returns a
+            :class:`hesscale_lightning.StepSizeScaling`) cause curvature to be computed.
+
+    Raises:
+        ValueError: If an option belongs to no optimizer, or to a network that the policy does not have.
+    """
+
+    _defaults: ClassVar[defaults.OptimizerDefaults]
+    seam: LossSeam
+
+    def __init__(
+        self,
+        *args: Any,
+        method: Method | None = None,
+        actor_optimizer_kwargs: _OptimizerKwargs = None,
+        critic_optimizer_kwargs: _OptimizerKwargs = None,
+        features_optimizer_kwargs: _OptimizerKwargs = None,
+        **kwargs: Any,
+    ) -> None:
+        optimizer_class = kwargs.pop("optimizer_class", None)
+        optimizer_kwargs = kwargs.pop("optimizer_kwargs", None)
+        start = self._defaults
+        injected = self._defaults_if_injected(optimizer_class, optimizer_kwargs)
+        if injected is not None:
+            start, optimizer_class, optimizer_kwargs = injected, None, None
+        optimizer_class, optimizer_kwargs = defaults.resolve(optimizer_class, optimizer_kwargs, start)
+        method = start.method if method is None else method
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        super().__init__(*args, optimizer_class=optimizer_class, optimizer_kwargs=optimizer_kwargs, **kwargs)
+        self._network_options = {
+            "actor": dict(actor_optimizer_kwargs or {}),
+            "critic": dict(critic_optimizer_kwargs or {}),
+            "features": dict(features_optimizer_kwargs or {}),
+        }
+        self._group_by_network()
+        self.seam = LossSeam(self, method)
+        self.seam.watch(optimizers_of(self))
+        self._tag_outputs()
+
+    def _defaults_if_injected(
+        self, optimizer_class: Any, optimizer_kwargs: _OptimizerKwargs
+    ) -> defaults.OptimizerDefaults | None:
+        """The defaults of an algorithm that put an optimizer of its own where the user gave none; None otherwise."""
+        return None
+
+    def _tag_outputs(self) -> None:
+        """Makes sure that every loss is computed from a tagged tensor."""
+
+    def _network_of(self, owner: nn.Module, param: nn.Parameter) -> str:
+        """The network, "actor", "critic" or "features", of a parameter in the optimizer of ``owner``."""
+        raise NotImplementedError
+
+    def _group_by_network(self) -> None:
+        """Builds the optimizers anew with a param group for each network, where they can make use of it."""
+        names = {id(param): name for name, param in self.named_parameters()}
+        unused = {network for network, options in self._network_options.items() if options}
+        for owner in (self, *self.children()):
+            built = owner.__dict__.get("optimizer")
+            if built is None:
+                continue
+            networks: dict[str, list[tuple[str, nn.Parameter]]] = {}
+            for param in (p for group in built.param_groups for p in group["params"]):
+                networks.setdefault(self._network_of(owner, param), []).append((names[id(param)], param))
+            unused -= set(networks)
+            options = {network: self._network_options[network] for network in networks}
+            if not hasattr(built, "awaits_diagonals") and not any(options.values()):
+                continue  # as Stable-Baselines3 made it
+            for network in networks:
+                _check_options(network, options[network], built)
+            groups = [{"params": named, "network": network, **options[network]} for network, named in networks.items()]
+            owner.optimizer = self.optimizer_class(groups, lr=built.param_groups[0]["lr"], **self.optimizer_kwargs)  # type: ignore
+        if unused:
+            raise ValueError(
+                f"{', '.join(sorted(unused))}_optimizer_kwargs given, but {type(self).__name__} optimizes no such "
+                "network: actor and critic have parameters of their own, features only those of an extractor that they "
+                "share"
+            )
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update({f"{network}_optimizer_kwargs": options for network, options in self._network_options.items()})
+        data["method"] = self.seam.method
+        return data
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.seam.watch(optimizers_of(self))  # hooks of optimizers are not pickled
+
+    def save(self, path: str) -> None:
+        """Saves the policy with the state of its optimizers, which :meth:`load` restores.
+
+        Args:
+            path: A file's path.
+        """
+        super().save(path)
+        saved = torch.load(path, weights_only=False)
+        saved["optimizers"] = [optimizer.state_dict() for optimizer in optimizers_of(self)]
+        torch.save(saved, path)
+
+    @classmethod
+    def load(cls, path: str, device: torch.device | str = "auto") -> Self:
+        """Loads a policy that :meth:`save` wrote, or one without optimizers' state.
+
+        Args:
+            path: A file's path.
+            device: Where to put the policy.
+        """
+        policy = super().load(path, device)
+        saved = torch.load(path, map_location=policy.device, weights_only=False)
+        for optimizer, state in zip(optimizers_of(policy), saved.get("optimizers", []), strict=False):
+            optimizer.load_state_dict(state)
+        return policy
+
+
+def _check_options(network: str, options: dict[str, Any], optimizer: Optimizer) -> None:
+    if "lr" in options:
+        raise ValueError(
+            f"{network}_optimizer_kwargs sets lr, which Stable-Baselines3 overwrites before every train(): set "
+            "lr_scale, a factor on the algorithm's learning_rate"
+        )
+    known = set(optimizer.defaults) | ({"scaling_delta"} if isinstance(optimizer, StepSizeScaling) else set())
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise ValueError(
+            f"{network}_optimizer_kwargs sets {', '.join(unknown)}, which {type(optimizer).__name__} does not know; "
+            f"its options are {', '.join(sorted(known - {'lr'}))}"
+        )
+
+
+class HesScaleActorCriticMixin(HesScaleMixin):
+    """For policies of PPO, A2C and their relatives, with ``evaluate_actions`` and ``predict_values``.
+
+    A2C passes RMSprop to every policy unless the user names an optimizer or sets ``use_rms_prop=False``. RMSprop with
+    the very options of A2C is therefore taken for "nothing chosen" and replaced by AdaHesScale with A2C's defaults; to
+    train with RMSprop, name it with options of your own.
+    """
+
+    _defaults = defaults.PPO
+
+    def _defaults_if_injected(
+        self, optimizer_class: Any, optimizer_kwargs: _OptimizerKwargs
+    ) -> defaults.OptimizerDefaults | None:
+        return defaults.A2C if defaults.injected_by_a2c(optimizer_class, optimizer_kwargs) else None
+
+    def _network_of(self, owner: nn.Module, param: nn.Parameter) -> str:
+        belongs = [network for network, modules in self._own_modules().items() if _holds(modules, param)]
+        return belongs[0] if len(belongs) == 1 else "features"
+
+    def _own_modules(self) -> dict[str, list[Any]]:
+        extractor = getattr(self, "mlp_extractor", None)
+        actor = [getattr(self, name, None) for name in ("action_net", "log_std", "lstm_actor", "pi_features_extractor")]
+        critic = [getattr(self, name, None) for name in ("value_net", "lstm_critic", "critic", "vf_features_extractor")]
+        return {
+            "actor": [*actor, getattr(extractor, "policy_net", None)],
+            "critic": [*critic, getattr(extractor, "value_net", None)],
+        }
+
+    def evaluate_actions(self, *args: Any, **kwargs: Any) -> Any:
+        """As the policy's own; the values are tagged."""
+        values, *others = super().evaluate_actions(*args, **kwargs)  # type: ignore[misc]
+        return self.seam.tag(values), *others
+
+    def predict_values(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the policy's own; the values are tagged where they require grad."""
+        values: Tensor = self.seam.tag(super().predict_values(*args, **kwargs))  # type: ignore[misc]
+        return values
+
+
+class HesScaleValueMixin(HesScaleMixin):
+    """For policies with one network of action values, as DQN's and QR-DQN's."""
+
+    _defaults = defaults.DQN
+
+    def _network_of(self, owner: nn.Module, param: nn.Parameter) -> str:
+        return "critic"
+
+    def _tag_outputs(self) -> None:
+        network: Any = getattr(self, "q_net", None) or self.quantile_net
+        network.register_forward_hook(OutputTag(self.seam))
+
+
+class HesScaleActionValueMixin(HesScaleMixin):
+    """For policies with an actor and critics ``Q(s, a)`` that have an optimizer each, as of SAC, TD3, TQC and CrossQ.
+
+    A tag on the first critic's output covers the actor's loss too, which passes through the critic. Only parameters of
+    the optimizer between its ``zero_grad()`` and its ``step()`` receive curvature.
+    """
+
+    _defaults = defaults.ACTOR_CRITIC_OFF_POLICY
+
+    def _network_of(self, owner: nn.Module, param: nn.Parameter) -> str:
+        return "actor" if owner is self.actor else "critic"
+
+    def _tag_outputs(self) -> None:
+        # Not on the critic itself: TD3's actor calls q1_forward, which asks the first network alone.
+        critic: Any = self.critic
+        critic.q_networks[0].register_forward_hook(OutputTag(self.seam))
+
+
+def _holds(modules: Iterable[nn.Module | nn.Parameter | None], param: nn.Parameter) -> bool:
+    return any(m is param or (isinstance(m, nn.Module) and any(p is param for p in m.parameters())) for m in modules)
+
+
+class HesScaleActorCriticPolicy(HesScaleActorCriticMixin, ActorCriticPolicy):
+    """Policy for PPO and A2C: Stable-Baselines3's ``MlpPolicy`` with AdaHesScale.
+
+    Example:
+        >>> from stable_baselines3 import PPO
+        >>> from sb3_integration import HesScaleActorCriticPolicy
+        >>> model = PPO(HesScaleActorCriticPolicy, "CartPole-v1", n_steps=64, device="cpu").learn(64)
+        >>> print([group["network"] for group in model.policy.optimizer.param_groups])
+        ['actor', 'critic']
+    """
+
+
+class HesScaleActorCriticCnnPolicy(HesScaleActorCriticMixin, ActorCriticCnnPolicy):
+    """Policy for PPO and A2C on images: Stable-Baselines3's ``CnnPolicy`` with AdaHesScale."""
+
+
+class HesScaleMultiInputActorCriticPolicy(HesScaleActorCriticMixin, MultiInputActorCriticPolicy):
+    """Policy for PPO and A2C on dict observations: Stable-Baselines3's ``MultiInputPolicy`` with AdaHesScale."""
+
+
+class HesScaleDQNPolicy(HesScaleValueMixin, dqn.DQNPolicy):
+    """Policy for DQN: Stable-Baselines3's ``MlpPolicy`` with AdaHesScale."""
+
+
+class HesScaleDQNCnnPolicy(HesScaleValueMixin, dqn.CnnPolicy):
+    """Policy for DQN on images: Stable-Baselines3's ``CnnPolicy`` with AdaHesScale."""
+
+
+class HesScaleDQNMultiInputPolicy(HesScaleValueMixin, dqn.MultiInputPolicy):
+    """Policy for DQN on dict observations: Stable-Baselines3's ``MultiInputPolicy`` with AdaHesScale."""
+
+
+class HesScaleSACPolicy(HesScaleActionValueMixin, sac.SACPolicy):
+    """Policy for SAC: Stable-Baselines3's ``MlpPolicy`` with AdaHesScale for actor and critic.
+
+    SAC's entropy coefficient keeps the Adam that SAC itself makes for it.
+    """
+
+
+class HesScaleSACCnnPolicy(HesScaleActionValueMixin, sac.CnnPolicy):
+    """Policy for SAC on images: Stable-Baselines3's ``CnnPolicy`` with AdaHesScale."""
+
+
+class HesScaleSACMultiInputPolicy(HesScaleActionValueMixin, sac.MultiInputPolicy):
+    """Policy for SAC on dict observations: Stable-Baselines3's ``MultiInputPolicy`` with AdaHesScale."""
+
+
+class HesScaleTD3Policy(HesScaleActionValueMixin, td3.TD3Policy):
+    """Policy for TD3 and DDPG: Stable-Baselines3's ``MlpPolicy`` with AdaHesScale for actor and critic."""
+
+
+class HesScaleTD3CnnPolicy(HesScaleActionValueMixin, td3.CnnPolicy):
+    """Policy for TD3 and DDPG on images: Stable-Baselines3's ``CnnPolicy`` with AdaHesScale."""
+
+
+class HesScaleTD3MultiInputPolicy(HesScaleActionValueMixin, td3.MultiInputPolicy):
+    """Policy for TD3 and DDPG on dict observations: Stable-Baselines3's ``MultiInputPolicy`` with AdaHesScale."""
