@@ -69,7 +69,8 @@ class HesScaleCallback(Callback):
 
     Args:
         method: ``hesscale``, ``hesscale_gn`` (without the curvature made inside the network: never negative for convex
-            losses), or ``bl89`` (Becker and LeCun, 1989).
+            losses), ``hesscale_rank1`` (a closer estimate for about the same cost, where samples do not mix), or
+            ``bl89`` (Becker and LeCun, 1989).
         every_n_steps: compute the diagonal on every n-th optimizer step (on every n-th batch in manual optimization).
             More than 1 saves time; AdaHesScale and ``delta`` use their running averages in between.
         log_every_n_steps: log every n optimizer steps, or at the first refreshed step after that; 0 never logs. The

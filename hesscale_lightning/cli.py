@@ -74,7 +74,7 @@ class ReportingTrainer(Trainer):
             ckpt: path of a checkpoint whose weights to load; null reports on the model as it is built.
             picture: path of the PNG to write; null writes none.
             batches: how many training batches the diagonal is the mean of.
-            method: hesscale, hesscale_gn or bl89.
+            method: hesscale, hesscale_gn, hesscale_rank1 or bl89.
         """
         if ckpt is not None:
             if not Path(ckpt).is_file():

@@ -44,7 +44,7 @@ class Operation:
         transposed: For every input, whether it is the transpose of the tensor that receives the curvature. A rule that
             returns the curvature of that tensor directly says so by setting its entry to False; for other rules the
             engine transposes.
-        method: ``"hesscale"``, ``"hesscale_gn"`` or ``"bl89"``.
+        method: ``"hesscale"``, ``"hesscale_gn"``, ``"hesscale_rank1"`` or ``"bl89"``.
         curved: Whether the formula takes the gradient, as registered; a rule may set it to False for a use that has no
             second derivative, which spares a hook. Its formula is then called as ``formula(h)``.
     """

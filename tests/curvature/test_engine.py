@@ -417,7 +417,7 @@ def test_wrong_params_say_what_was_found(params: Any, text: str) -> None:
 
 
 def test_wrong_method_lists_the_right_ones() -> None:
-    with pytest.raises(ValueError, match="hesscale, hesscale_gn, bl89, got 'newton'"):
+    with pytest.raises(ValueError, match="hesscale, hesscale_gn, bl89, hesscale_rank1, got 'newton'"):
         attach(mlp(4, 3)(X).sum(), method="newton")  # type: ignore[arg-type]
 
 
