@@ -1,0 +1,126 @@
+"""How far the diagonal at a network's output is from double backward's, in the losses of real train() calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import Tensor, nn
+
+from hesscale_lightning.curvature import attach, exact_hess_diag
+from sb3_integration.loss_seam import LossSeam, optimizers_of
+from tests.sb3.cases import Case
+
+
+TOLERANCE = 1e-6
+
+
+def output_errors(case: Case) -> dict[str, float]:
+    """The relative error of the diagonal at each output, the largest over all losses of a short run in float64.
+
+    An error is the largest over all entries, relative to the largest exact entry.
+    """
+    model = case.build()
+    in_double(model)
+    comparison = Comparison(model.policy)
+    with default_dtype(torch.float64):
+        model.learn(case.timesteps)
+    return comparison.errors
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def in_double(model: Any) -> None:
+    """Casts the networks, data of the buffers, and observations, which Stable-Baselines3 keeps in float32."""
+    model.policy.double()
+    buffer = model.rollout_buffer if hasattr(model, "rollout_buffer") else model.replay_buffer
+    buffer.to_torch = lambda array, copy=True: torch.tensor(array, dtype=torch.float64)
+    for module in model.policy.modules():
+        if isinstance(module, (BaseFeaturesExtractor, nn.LSTM)):
+            module.register_forward_pre_hook(lambda _, args: _double(args))
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double()
+    if isinstance(value, Mapping):
+        return {key: _double(part) for key, part in value.items()}
+    return tuple(map(_double, value))
+
+
+def outputs_of(policy: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
+    """What a policy's networks put out: last linear layers, before any squashing, and free standard deviations."""
+    found: dict[str, Any] = {}
+    actor = getattr(policy, "actor", None)
+    for name, owner in {"action_net": policy, "value_net": policy, "mu": actor, "log_std": actor}.items():
+        found[name] = getattr(owner, name, None)
+    found["log_std"] = getattr(policy, "log_std", found["log_std"])
+    for name in ("q_net", "quantile_net"):
+        found[name] = getattr(policy, name, None)
+    if actor is not None:
+        found.update({f"q{k}": network for k, network in enumerate(policy.critic.q_networks)})
+    return {
+        name: output if isinstance(output, nn.Parameter) else [m for m in output.modules() if type(m) is nn.Linear][-1]
+        for name, output in found.items()
+        if output is not None
+    }
+
+
+class Comparison:
+    """Stands in the policy's seam, and compares every diagonal at an output before the optimizer takes it.
+
+    Args:
+        policy: A policy of sb3_integration.
+    """
+
+    def __init__(self, policy: Any) -> None:
+        self.errors: dict[str, float] = {}
+        self._seam: LossSeam = policy.seam
+        self._outputs: dict[str, Tensor] = {}
+        self._exact: dict[str, Tensor] = {}
+        self._armed: Any = None
+        for name, output in outputs_of(policy).items():
+            if isinstance(output, nn.Module):
+                output.register_forward_hook(lambda _, __, result, name=name: self._note(name, result))
+            else:
+                self._outputs[name] = output
+        policy.seam.attach = self.attach
+
+    def _note(self, name: str, result: Tensor) -> None:
+        if result.requires_grad:
+            self._outputs[name] = result
+
+    def attach(self, loss: Tensor) -> Comparison | None:
+        """As the seam's own, also for the outputs."""
+        waiting = [o for o in optimizers_of(self._seam.policy) if getattr(o, "awaits_diagonals", False)]
+        reached = torch.autograd.grad(loss, list(self._outputs.values()), retain_graph=True, allow_unused=True)
+        outputs = {n: o for (n, o), g in zip(self._outputs.items(), reached, strict=True) if g is not None}
+        exact = exact_hess_diag(loss, outputs.values())
+        params = [p for o in waiting for group in o.param_groups for p in group["params"]]
+        self._exact = dict(zip(outputs, exact, strict=True))
+        self._armed = attach(loss, {*params, *outputs.values()}, method=self._seam.method)
+        self._seam._delivered = waiting
+        return self
+
+    def remove(self) -> None:
+        """Called when backward has ended."""
+        for name, exact in self._exact.items():
+            h = self._outputs[name].hess_diag
+            assert h.dtype is torch.float64
+            scale = exact.abs().max().item()
+            error = (h - exact).abs().max().item()
+            if error:
+                error = error / scale if scale else float("inf")
+            self.errors[name] = max(self.errors.get(name, 0.0), error)
+        self._armed.remove()

@@ -1,0 +1,40 @@
+"""The diagonal at the output of every network is exact, in each algorithm's real losses on real minibatches."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.sb3.cases import CASES, Case
+from tests.sb3.exactness import TOLERANCE, output_errors
+
+#: Where it is not, and why.
+ONE_STD = (
+    "one standard deviation per feature stands for all actions, so log_std is not at the output: a matrix of ones mixes"
+)
+SHARED = (
+    "SAC's action is used by the log-probability and by the critic: operations along the last dimension are not joined "
+    "with those whose results others use too"
+)
+MASKED = "the masked logits are normalised twice, and the engine does not join two mixing operations across a mask"
+
+
+def inexact(case: Case) -> str | None:
+    name = str(case)
+    if name == "PPO-Box-gSDE-one-std-per-feature":
+        return ONE_STD
+    if name.startswith(("SAC", "TQC", "CrossQ")):
+        return SHARED
+    return MASKED if name.startswith("MaskablePPO") else None
+
+
+def marked(case: Case) -> object:
+    reason = inexact(case)
+    return pytest.param(case, marks=pytest.mark.xfail(reason=reason, strict=True)) if reason else case
+
+
+@pytest.mark.parametrize("case", map(marked, CASES), ids=lambda case: str(case))
+def test_diagonal_at_every_output_is_exact(case: Case) -> None:
+    errors = output_errors(case)
+    assert "value_net" in errors or "q0" in errors or "q_net" in errors or "quantile_net" in errors
+    assert len(errors) > 1 or case.algorithm.__name__ in ("DQN", "QRDQN", "TRPO"), "the actor's output was not compared"
+    assert max(errors.values()) < TOLERANCE, errors
