@@ -14,7 +14,6 @@ from hesscale_lightning.curvature import attach, exact_hess_diag
 from sb3_integration.loss_seam import LossSeam, optimizers_of
 from tests.sb3.cases import Case
 
-
 TOLERANCE = 1e-6
 
 
