@@ -1,13 +1,11 @@
-"""Policies for sb3-contrib's algorithms, which have to be installed: ``pip install sb3-contrib``.
-
-TRPO takes :class:`sb3_integration.HesScaleActorCriticPolicy`. Its actor is moved by conjugate gradients and never by an
-optimizer, so AdaHesScale drives the critic alone.
-"""
+"""Policies for sb3-contrib's algorithms, which have to be installed: ``pip install sb3-contrib``."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import torch
 from sb3_contrib.common.maskable import policies as maskable
 from sb3_contrib.common.recurrent import policies as recurrent
 from sb3_contrib.crossq import policies as crossq
@@ -15,7 +13,48 @@ from sb3_contrib.qrdqn import policies as qrdqn
 from sb3_contrib.tqc import policies as tqc
 
 from sb3_integration import defaults
-from sb3_integration.policies import HesScaleActionValueMixin, HesScaleActorCriticMixin, HesScaleValueMixin
+from sb3_integration.policies import (
+    HesScaleActionValueMixin,
+    HesScaleActorCriticCnnPolicy,
+    HesScaleActorCriticMixin,
+    HesScaleActorCriticPolicy,
+    HesScaleMultiInputActorCriticPolicy,
+    HesScaleValueMixin,
+)
+
+
+class HesScaleCriticOnlyMixin(HesScaleActorCriticMixin):
+    """For policies of TRPO, which moves its actor by conjugate gradients and never by an optimizer.
+
+    AdaHesScale drives the critic alone, where it has a features extractor of its own or none with parameters: TRPO lets
+    no gradient of the critic reach what the actor shares.
+
+    Raises:
+        ValueError: If options are given for the actor, or for what it shares with the critic.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = [f"{network}_optimizer_kwargs" for network in ("actor", "features")]
+        given = [name for name in given if kwargs.get(name)]
+        if given:
+            raise ValueError(
+                f"{', '.join(given)} would have no effect: TRPO moves its actor, and what it shares with the critic, "
+                "by conjugate gradients and a line search within target_kl, without an optimizer. Set target_kl, or "
+                "critic_optimizer_kwargs"
+            )
+        super().__init__(*args, **kwargs)
+
+
+class HesScaleTRPOPolicy(HesScaleCriticOnlyMixin, HesScaleActorCriticPolicy):
+    """Policy for TRPO."""
+
+
+class HesScaleTRPOCnnPolicy(HesScaleCriticOnlyMixin, HesScaleActorCriticCnnPolicy):
+    """Policy for TRPO on images; with a shared features extractor only the critic's last layers are moved by it."""
+
+
+class HesScaleTRPOMultiInputPolicy(HesScaleCriticOnlyMixin, HesScaleMultiInputActorCriticPolicy):
+    """Policy for TRPO on dict observations."""
 
 
 class HesScaleMaskableActorCriticPolicy(HesScaleActorCriticMixin, maskable.MaskableActorCriticPolicy):
@@ -51,12 +90,25 @@ class HesScaleQuantileMixin(HesScaleValueMixin):
 
     QR-DQN passes Adam to every policy unless the user names an optimizer. Adam with the very options of QR-DQN,
     ``eps = 0.01 / batch_size`` for a batch size that is a power of two, is therefore taken for "nothing chosen" and
-    replaced by AdaHesScale. With another batch size name the optimizer:
+    replaced by AdaHesScale. With another batch size it is kept, with a warning: name the optimizer,
     ``policy_kwargs=dict(optimizer_class=AdaHesScale)``.
     """
 
     def _defaults_if_injected(self, optimizer_class: Any, optimizer_kwargs: Any) -> defaults.OptimizerDefaults | None:
-        return self._defaults if defaults.injected_by_qrdqn(optimizer_class, optimizer_kwargs) else None
+        if defaults.injected_by_qrdqn(optimizer_class, optimizer_kwargs):
+            return self._defaults
+        if optimizer_class is torch.optim.Adam and set(optimizer_kwargs or ()) == {"eps"}:
+            batch_size = 0.01 / max(optimizer_kwargs["eps"], 1e-8)
+            if round(batch_size) >= 1 and abs(batch_size / round(batch_size) - 1) < 1e-9:
+                warnings.warn(
+                    f"{type(self).__name__} trains with Adam and without curvature: "
+                    f"Adam(eps={optimizer_kwargs['eps']:g}) is what QR-DQN passes for batch_size={round(batch_size)} "
+                    "if policy_kwargs names no optimizer, but you may have chosen it too. For curvature pass "
+                    "policy_kwargs=dict(optimizer_class=AdaHesScale); to keep Adam without this warning name one more "
+                    "of its options",
+                    stacklevel=2,
+                )
+        return None
 
 
 class HesScaleQRDQNPolicy(HesScaleQuantileMixin, qrdqn.QRDQNPolicy):

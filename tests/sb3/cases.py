@@ -175,8 +175,16 @@ CASES: list[Case] = [
          observations="image", policy_options={**_small_cnn, **_lstm}, timesteps=16),
     Case(RecurrentPPO, contrib.HesScaleRecurrentMultiInputActorCriticPolicy, "MultiInputLstmPolicy", "Discrete",
          "dict observations", observations="dict", policy_options=_lstm),
-    *[Case(TRPO, *_mlp, actions, still=("action_net", "mlp_extractor.policy_net", "log_std"))
+    *[Case(TRPO, contrib.HesScaleTRPOPolicy, "MlpPolicy", actions,
+           still=("action_net", "mlp_extractor.policy_net", "log_std"))
       for actions in ("Discrete", "Box", "MultiDiscrete", "MultiBinary")],
+    Case(TRPO, contrib.HesScaleTRPOCnnPolicy, "CnnPolicy", "Discrete", "NatureCNN", observations="image",
+         policy_options=_small_cnn, still=("action_net", "features_extractor"), timesteps=32),
+    Case(TRPO, contrib.HesScaleTRPOCnnPolicy, "CnnPolicy", "Discrete", "NatureCNN twice", observations="image",
+         policy_options={**_small_cnn, "share_features_extractor": False}, still=("action_net", "features_extractor"),
+         timesteps=32),
+    Case(TRPO, contrib.HesScaleTRPOMultiInputPolicy, "MultiInputPolicy", "Discrete", "dict observations",
+         observations="dict", still=("action_net", "mlp_extractor.policy_net")),
 ]  # fmt: skip
 
 

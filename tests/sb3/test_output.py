@@ -32,7 +32,7 @@ def marked(case: Case) -> object:
     return pytest.param(case, marks=pytest.mark.xfail(reason=reason, strict=True)) if reason else case
 
 
-@pytest.mark.parametrize("case", map(marked, CASES), ids=lambda case: str(case))
+@pytest.mark.parametrize("case", [marked(case) for case in CASES], ids=str)
 def test_diagonal_at_every_output_is_exact(case: Case) -> None:
     errors = output_errors(case)
     assert "value_net" in errors or "q0" in errors or "q_net" in errors or "quantile_net" in errors
