@@ -1,18 +1,14 @@
 """Elementwise operations: one description of their derivatives, used alone or joined with their neighbours.
 
 An elementwise operation ``y = f(x_1, ..., x_n)`` (with broadcasting) is described by its *partials*, the first and
-second derivatives by its inputs. Alone, its rule is ``h_i = f_i^2 h + f_ii g``, summed to the input's shape.
-
-Where paths from one tensor meet again in such an operation, as in ``x * sigmoid(x)``, carrying curvature down each path
-loses the cross terms. So the engine joins the elementwise operations between the meeting point and the tensors from
-which the paths start into one *composite*, which is again elementwise, and carries the first two derivatives of the
-composite from each of these sources forward through it: ``F' = sum_i f_i u_i'`` and ``F'' = sum_i f_i u_i'' + sum_ij
-f_ij u_i' u_j'``. The rule for the composite, ``h_x = F'^2 h + F'' g``, is exact.
+second derivatives by its inputs. Alone, its rule is ``h_i = f_i^2 h + f_ii g``, summed to the input's shape. Where
+paths from one tensor meet again in such an operation, as in ``x * sigmoid(x)``, it is joined with others: see
+:mod:`.composite`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -94,39 +90,3 @@ def fit_to_input(op: Operation, i: int) -> Callable[[Tensor], Tensor]:
         return x if x.dtype is dtype else x.to(dtype)
 
     return fit
-
-
-def chain(
-    first: Sequence[Factor | None],
-    second: Mapping[tuple[int, int], Factor],
-    inputs: Sequence[tuple[Factor | None, Factor | None]],
-) -> tuple[Factor | None, Factor | None]:
-    """First and second derivative of an operation by a source, from its partials and its inputs' derivatives."""
-    once: Factor | None = None
-    twice: Factor | None = None
-    for f, (u, v) in zip(first, inputs, strict=False):
-        once = _plus(once, _times(f, u))
-        twice = _plus(twice, _times(f, v))
-    for (i, j), f_ij in second.items():
-        term = _times(f_ij, _times(inputs[i][0], inputs[j][0]))
-        twice = _plus(twice, term if i == j else _times(2.0, term))
-    return once, twice
-
-
-def _times(a: Factor | None, b: Factor | None) -> Factor | None:
-    if a is None or b is None:
-        return None
-    if isinstance(a, float) and a == 1.0:
-        return b
-    return a if isinstance(b, float) and b == 1.0 else a * b
-
-
-def _plus(a: Factor | None, b: Factor | None) -> Factor | None:
-    return b if a is None else a if b is None else a + b
-
-
-def without_masks(
-    first: Sequence[Factor | None], second: Mapping[tuple[int, int], Factor], dtype: torch.dtype
-) -> tuple[Sequence[Factor | None], Mapping[tuple[int, int], Factor]]:
-    """Masks as numbers: the sum of two masks would be another mask, and a number times a mask is float32."""
-    return [f.to(dtype) if isinstance(f, Tensor) and f.dtype is torch.bool else f for f in first], second

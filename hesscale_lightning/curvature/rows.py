@@ -13,15 +13,13 @@ linear cost, and the rule for the composite, ``h_x = sum_j h_j (dv_j/dx)^2 + g_j
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from hesscale_lightning.curvature.registry import Operation, Partials
-
-Factor = Tensor | float
+from hesscale_lightning.curvature.registry import Operation
+from hesscale_lightning.curvature.straight_line import Factor, Symbol, is_number
 
 
 class Terms(NamedTuple):
@@ -45,14 +43,16 @@ class RowOperation(NamedTuple):
     """How an operation along the last dimension carries derivatives.
 
     Attributes:
-        apply: From its input's derivatives to its output's.
+        apply: From its input's derivatives, and its values, to its output's: algebra alone, see :mod:`.straight_line`.
         flat: Whether the output has lost the last dimension; None: as the input.
         mixes: Whether an output depends on several inputs.
+        values: The tensors that ``apply`` needs, computed at every step.
     """
 
-    apply: Callable[[Taylor], Taylor]
+    apply: Callable[..., Taylor]
     flat: bool | None
     mixes: bool
+    values: Callable[[], Sequence[Tensor]] = tuple
 
 
 #: Returns None for a use that is not along the last dimension.
@@ -96,9 +96,9 @@ def _merged(products: Iterable[tuple[Factor, Factor]]) -> tuple[tuple[Factor, Fa
     """One product for each b; a number as b goes into c."""
     merged: dict[int, tuple[Factor, Factor]] = {}
     for b, c in products:
-        if not isinstance(b, Tensor):
-            b, c = 1.0, _product(float(b), c)
-        key = id(b) if isinstance(b, Tensor) else 0
+        if is_number(b):
+            b, c = 1.0, _product(b, c)
+        key = id(b) if isinstance(b, Symbol) else 0
         merged[key] = (b, merged[key][1] + c) if key in merged else (b, c)
     return tuple(merged.values())
 
@@ -130,10 +130,10 @@ def times(p: Terms, q: Terms) -> Terms:
                 along = _sum(along, _product(b, c))
             assert along is not None
             crossed = _product(left.diagonal, along)
-            diagonal = _sum(diagonal, 2 * crossed if p is q else crossed)
+            diagonal = _sum(diagonal, 2.0 * crossed if p is q else crossed)
     if p is q:
         pairs = [
-            (_product(b, e), _product(c, f) if i == j else 2 * _product(c, f))
+            (_product(b, e), _product(c, f) if i == j else 2.0 * _product(c, f))
             for i, (b, c) in enumerate(p.products)
             for j, (e, f) in enumerate(p.products[: i + 1])
         ]
@@ -151,13 +151,13 @@ def summed(terms: Terms, width: int, weights: Factor = 1.0) -> Terms:
 
 
 def _row_sum(x: Factor, width: int) -> Factor:
-    if isinstance(x, Tensor) and x.dim() and x.shape[-1] == width:
-        return x.sum(-1, keepdim=True)
-    return x * width
+    if isinstance(x, Symbol) and not x.number and x.last == width > 1:
+        return x.row_sum()
+    return x * float(width)
 
 
 def composed(
-    first: Sequence[Factor | None], second: dict[tuple[int, int], Factor], inputs: Sequence[Taylor | None]
+    first: Sequence[Factor | None], second: Mapping[tuple[int, int], Factor], inputs: Sequence[Taylor | None]
 ) -> Taylor:
     """An elementwise function of several tensors, by its partials."""
     once = [scaled(u.first, f) for f, u in zip(first, inputs, strict=False) if u is not None and f is not None]
@@ -165,7 +165,7 @@ def composed(
     for (i, j), f in second.items():
         u, v = inputs[i], inputs[j]
         if u is not None and v is not None:
-            twice.append(scaled(times(u.first, v.first), f if i == j else 2 * f))
+            twice.append(scaled(times(u.first, v.first), f if i == j else 2.0 * f))
     return Taylor(plus(*once), plus(*twice))
 
 
@@ -188,13 +188,12 @@ def through_softmax(u: Taylor, p: Factor, width: int) -> Taylor:
     return Taylor(scaled(w.first, p), scaled(plus(w.second, times(w.first, w.first)), p))
 
 
-def source(shape: torch.Size, width: int, flat: bool) -> Taylor:
-    """The derivatives of a source by itself."""
-    whole_row = not flat and len(shape) > 0 and shape[-1] == width
+def source(whole_row: bool) -> Taylor:
+    """The derivatives of a source by itself, which has a row of its own or one entry for all of it."""
     return Taylor(Terms(1.0, ()) if whole_row else Terms(None, ((1.0, 1.0),)), ZERO)
 
 
-def curvature(taylor: Taylor, g: Tensor | None, h: Tensor | None) -> Factor:
+def curvature(taylor: Taylor, g: Symbol | None, h: Symbol | None) -> Factor:
     """``sum_j h_j (dv_j/dx_k)^2 + g_j d2v_j/dx_k^2``."""
     total: Factor = 0.0
     if h is not None:
@@ -204,31 +203,12 @@ def curvature(taylor: Taylor, g: Tensor | None, h: Tensor | None) -> Factor:
     return total
 
 
-def pulled(terms: Terms, weights: Tensor) -> Factor:
+def pulled(terms: Terms, weights: Symbol) -> Factor:
     """``sum_j weights_j (...)`` by ``k``."""
     total: Factor | None = None if terms.diagonal is None else _product(terms.diagonal, weights)
-    row: Tensor | None = None  # sum_j weights_j
     for b, c in terms.products:
-        if isinstance(b, Tensor):
-            product = weights * b
-            along = product.sum(-1, keepdim=True) if product.shape[-1] > 1 else product
-        else:
-            if row is None:
-                row = weights.sum(-1, keepdim=True) if weights.shape[-1] > 1 else weights
-            along = _product(b, row)  # type: ignore[assignment]
-        total = _sum(total, _product(along, c))
+        product = _product(b, weights) if not is_number(b) else weights
+        assert isinstance(product, Symbol)
+        along: Factor = product.row_sum() if product.last > 1 else product
+        total = _sum(total, _product(_product(b, along) if is_number(b) else along, c))
     return 0.0 if total is None else total
-
-
-def elementwise_taylor(partials: Partials, inputs: Sequence[Taylor | None], flat: bool) -> Taylor:
-    """Applies partials to derivatives; the factors of a flat operation get the last dimension back."""
-
-    def lifted(f: Factor | None) -> Factor | None:
-        return f.unsqueeze(-1) if flat and isinstance(f, Tensor) else f
-
-    first, second = partials
-    return composed(
-        [lifted(f) for f in first],
-        {k: f for k, f in ((k, lifted(f)) for k, f in second.items()) if f is not None},
-        inputs,
-    )

@@ -24,6 +24,7 @@ from hesscale_lightning.curvature.rows import (
     times,
 )
 from hesscale_lightning.curvature.rules.shape import carried
+from hesscale_lightning.curvature.straight_line import Factor, Symbol
 
 _WRAP = 2**64  # a node shows a negative dimension as an unsigned number
 
@@ -61,11 +62,11 @@ def logsumexp(op: Operation) -> RowOperation | None:
     x, y, keepdim = op.node._saved_self, op.node._saved_result, op.node._saved_keepdim
     width = x.shape[-1]
 
-    def apply(u: Taylor) -> Taylor:
+    def probabilities() -> tuple[Tensor]:
         total = full(y) if keepdim else full(y).unsqueeze(-1)
-        return through_logsumexp(u, torch.exp(full(x) - total), width)
+        return (torch.exp(full(x) - total),)
 
-    return RowOperation(apply, not keepdim, True)
+    return RowOperation(lambda u, p: through_logsumexp(u, p, width), not keepdim, True, probabilities)
 
 
 @row_wise("SoftmaxBackward0", "LogSoftmaxBackward0")
@@ -76,25 +77,21 @@ def softmax(op: Operation) -> RowOperation | None:
         return None
     width, plain = result.shape[-1], op.node.name() == "SoftmaxBackward0"
 
-    def apply(u: Taylor) -> Taylor:
-        p = full(result)
-        return through_softmax(u, p, width) if plain else through_log_softmax(u, p.exp(), width)
+    def probabilities() -> tuple[Tensor]:
+        return (full(result) if plain else full(result).exp(),)
 
-    return RowOperation(apply, None, True)
+    through = through_softmax if plain else through_log_softmax
+    return RowOperation(lambda u, p: through(u, p, width), None, True, probabilities)
 
 
-def _picked(x: Terms, index: Tensor, width: int, dtype: torch.dtype) -> Terms:
+def _picked(x: Terms, index: Symbol, mask: Symbol, width: int) -> Terms:
     """Row ``index`` of ``x``, alike for all rows."""
-    parts: list[Tensor] = []
-    if x.diagonal is not None:
-        shape = (*index.shape[:-1], width)
-        mask = torch.zeros(shape, dtype=dtype, device=index.device).scatter_(-1, index, 1.0)
-        parts.append(x.diagonal * mask)
+    total: Factor | None = None if x.diagonal is None else x.diagonal * mask
     for b, c in x.products:
-        if isinstance(b, Tensor) and b.dim() and b.shape[-1] == width:
-            b = b.expand(*index.shape[:-1], width).gather(-1, index)
-        parts.append(b * c)  # type: ignore[arg-type]
-    return Terms(None, ((1.0, sum(parts[1:], parts[0])),) if parts else ())
+        if isinstance(b, Symbol) and b.last == width > 1:
+            b = b.pick(index, width)
+        total = b * c if total is None else total + b * c
+    return Terms(None, () if total is None else ((1.0, total),))
 
 
 @row_wise("GatherBackward0", "MaxBackward0", "MinBackward0")
@@ -111,11 +108,15 @@ def pick(op: Operation) -> RowOperation | None:
         return None
     width, dtype = shape[-1], carried(op.input_meta(0)[0])
 
-    def apply(x: Taylor) -> Taylor:
+    def values() -> tuple[Tensor, Tensor]:
         rows = index.unsqueeze(-1) if flat else index
-        return Taylor(_picked(x.first, rows, width, dtype), _picked(x.second, rows, width, dtype))
+        mask = torch.zeros((*rows.shape[:-1], width), dtype=dtype, device=rows.device)
+        return rows, mask.scatter_(-1, rows, 1.0)
 
-    return RowOperation(apply, flat, True)
+    def apply(x: Taylor, rows: Symbol, mask: Symbol) -> Taylor:
+        return Taylor(_picked(x.first, rows, mask, width), _picked(x.second, rows, mask, width))
+
+    return RowOperation(apply, flat, True, values)
 
 
 @row_wise("VarBackward0", "StdBackward0")
@@ -130,20 +131,25 @@ def variance(op: Operation) -> RowOperation | None:
     weight = 2 / (width - correction)
     root = node._saved_result if node.name() == "StdBackward0" else None
 
-    def apply(u: Taylor) -> Taylor:
-        values = full(x)
-        centered = values - values.mean(-1, keepdim=True)
+    def values() -> tuple[Tensor, ...]:
+        centered = full(x) - full(x).mean(-1, keepdim=True)
+        if root is None:
+            return (centered * weight,)
+        half = 0.5 / (full(root) if keepdim else full(root).unsqueeze(-1))
+        return centered * weight, half, -2 * half**3  # 1 / (2 s) and -1 / (4 s^3)
+
+    def apply(u: Taylor, slopes: Symbol, *of_root: Symbol) -> Taylor:
         first, second = (
             plus(t, scaled(summed(t, width, 1 / width), -1.0)) for t in (u.first, u.second)
         )  # the derivatives of x - mean
-        y1 = summed(first, width, centered * weight)
-        y2 = plus(summed(second, width, centered * weight), summed(times(first, first), width, weight))
-        if root is None:
+        y1 = summed(first, width, slopes)
+        y2 = plus(summed(second, width, slopes), summed(times(first, first), width, weight))
+        if not of_root:
             return Taylor(y1, y2)
-        s = full(root) if keepdim else full(root).unsqueeze(-1)
-        return Taylor(scaled(y1, 0.5 / s), plus(scaled(y2, 0.5 / s), scaled(times(y1, y1), -0.25 / s**3)))
+        half, curve = of_root
+        return Taylor(scaled(y1, half), plus(scaled(y2, half), scaled(times(y1, y1), curve)))
 
-    return RowOperation(apply, not keepdim, True)
+    return RowOperation(apply, not keepdim, True, values)
 
 
 @row_wise("UnsqueezeBackward0")
