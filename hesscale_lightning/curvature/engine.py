@@ -9,7 +9,7 @@ Nothing is recomputed and no second graph is built.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -20,8 +20,9 @@ from torch.utils.checkpoint import CheckpointError, GraphExecGroup
 from hesscale_lightning.curvature.attachment import AWAITED, PLAIN, Attachment, on_gate, on_sweep
 from hesscale_lightning.curvature.composite import Composite, composite_formula, works_along_rows
 from hesscale_lightning.curvature.graph import Node, trace
-from hesscale_lightning.curvature.plan import Output, Plan, PlanCache, make_plan, refuse_hidden_parameters
-from hesscale_lightning.curvature.rank_one import Change, Refinement
+from hesscale_lightning.curvature.plan import Output, Plan, PlanCache, make_plan, refuse_hidden_parameters, weight_of
+from hesscale_lightning.curvature.rank_one import Recipe, recipe_for
+from hesscale_lightning.curvature.rank_one.steps import Parts
 from hesscale_lightning.curvature.registry import Formula, Operation
 
 Method = Literal["hesscale", "hesscale_gn", "bl89", "hesscale_rank1"]
@@ -238,19 +239,23 @@ def _armed(
     """:func:`_arm`, apart from what it does for checkpointed blocks."""
     if plan.declined and any(works_along_rows(nodes[position], following[position]) for position in plan.declined):
         return None
+    if plan.weights and any((weight_of(nodes[position]) == 0) is not zero for position, zero in plan.weights):
+        return None
     formulas: list[Formula | None] = []
     gradients: list[Any] = []
     awaited: list[int] = []
-    changes: Sequence[Change | None] | None = None
+    recipe: Recipe | None = None
     if method == "hesscale_rank1":
-        changes = Refinement(plan, nodes, following, _cells(plan, nodes, inner)).changes
+        recipe = recipe_for(plan, nodes, following, _cells(plan, nodes, inner))
+        parts = Parts(recipe.samples, recipe.heads)
     for k, (cell, rule, composite, needs, flips, turns, _, _, inside) in enumerate(plan.steps):
         if composite is not None:
-            joined = _join(composite, nodes, following, method)
+            members = _operations(composite, nodes, following, method)
+            joined = composite_formula(composite, members)
             if joined is None:
                 return None
-            if changes is not None and (change := changes[k]) is not None:
-                joined = change.of_composite(joined)
+            if recipe is not None and (use := recipe.uses[k]) is not None:
+                joined = parts.of_composite(use, joined, members)
             formulas.append(joined)
             curved = True
             if turns:
@@ -262,8 +267,8 @@ def _armed(
             if turns:
                 flips = flips.copy()
             operation = Operation(nodes[cell], following[cell], needs, flips, method, rule.curved)
-            if changes is not None and (change := changes[k]) is not None:
-                formulas.append(change.of_operation(operation, rule))
+            if recipe is not None and (use := recipe.uses[k]) is not None:
+                formulas.append(parts.formula(use, operation, rule))
                 curved = True
             else:
                 formulas.append(rule.build(operation))
@@ -286,13 +291,14 @@ def _armed(
 
     ref = weakref.ref(attachment)
     store = gradients.__setitem__
+    sweep_every = _SWEEP_EVERY if recipe is None else 2 * _SWEEP_EVERY  # with a gradient for each linear layer as well
     hooks: list[tuple[Node, Callable[..., None]]] = []
     if not awaited or awaited[0] > plan.narrow:
         hooks.append((nodes[0], partial(on_gate, ref, -1)))
     for k in awaited:
         if not hooks:
             hook: Callable[..., None] = partial(on_gate, ref, k)
-        elif (len(hooks) + 1) % _SWEEP_EVERY:
+        elif (len(hooks) + 1) % sweep_every:
             hook = partial(store, k)  # runs without a Python frame
         else:
             hook = partial(on_sweep, ref, k)
@@ -310,9 +316,8 @@ def _cells(plan: Plan, nodes: list[Node], inner: dict[Output, Tensor]) -> dict[i
     return cells
 
 
-def _join(composite: Composite, nodes: list[Node], following: list[Any], method: str) -> Formula | None:
-    operations = [
+def _operations(composite: Composite, nodes: list[Node], following: list[Any], method: str) -> list[Operation]:
+    return [
         Operation(nodes[m.position], following[m.position], m.needs, [False] * len(m.needs), method, True)
         for m in composite.members
     ]
-    return composite_formula(composite, operations)

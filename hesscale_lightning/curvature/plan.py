@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 from typing import Any, NamedTuple
 
+import torch
+
 from hesscale_lightning.curvature.composite import Composite, Joiner
 from hesscale_lightning.curvature.graph import AccumulateGrad, Node, Route, Trace, follow, route_of
 from hesscale_lightning.curvature.registry import Rule, find_rule, no_rule, on_registration
@@ -56,6 +58,8 @@ class Plan(NamedTuple):
         narrow: The last step up to which backward passes one node at a time.
         declined: Positions of operations that were not joined because they do not work along the last dimension, which
             another graph of the same structure may do.
+        weights: For every multiplication of a term of the loss by a number: its position, and whether the number is 0.
+        recipes: What ``hesscale_rank1`` does differently, for graphs of different sizes; see :mod:`..rank_one`.
     """
 
     route: Route | None
@@ -66,7 +70,13 @@ class Plan(NamedTuple):
     beyond: dict[tuple[int, int], int]
     narrow: int
     declined: list[int]
+    weights: list[tuple[int, bool]]
+    recipes: list[Any]
 
+
+_scalar = torch.ones((), requires_grad=True)
+MulBackward: Any = type((_scalar * 0.5).grad_fn)
+del _scalar
 
 #: Nodes whose backward runs another backward inside, over parameters that no edge leads to.
 _HIDING = ("CheckpointFunctionBackward",)
@@ -92,8 +102,13 @@ def make_plan(root: Node, found: Trace, goals: list[Output], method: str) -> Pla
         UnsupportedOperationError: An operation has no rule.
         TypeError: A parameter is complex.
     """
-    nodes, index, edges = found.nodes, found.index, found.edges
+    nodes = found.nodes
     rules = [None if type(node) is AccumulateGrad else _rule_for(root, node) for node in nodes]
+    weights = _weights(found)
+    whole = found
+    if any(zero for _, zero in weights):
+        found = _without_terms(found, {position for position, zero in weights if zero})
+    index, edges = found.index, found.edges
     inside = _inside_network(found, rules) if method == "hesscale_gn" else [False] * len(nodes)
     joiner = Joiner(found, rules, inside, {node for node, _ in goals})
     beyond: dict[tuple[int, int], int] = {}
@@ -112,7 +127,7 @@ def make_plan(root: Node, found: Trace, goals: list[Output], method: str) -> Pla
                 raise TypeError(f"complex parameters are not supported, got one of dtype {node.variable.dtype}")
             leaves.append(position)
             continue
-        if position in absorbed:
+        if position in absorbed or index[node] < 0:
             continue
         inputs = edges[node]
         needs = [index[child] >= 0 for child, _, _ in inputs]
@@ -131,11 +146,11 @@ def make_plan(root: Node, found: Trace, goals: list[Output], method: str) -> Pla
         if len(steps) == narrow + 2 and (narrow < 0 or _single(steps[narrow])):
             narrow += 1
     for node, output in goals:
-        if index.get(node, -1) >= 0:
-            cell_of(index[node], output)
+        if whole.index.get(node, -1) >= 0:
+            cell_of(whole.index[node], output)
     steps = _with_shared_gradients(steps)
     return Plan(
-        route_of(found) if not goals else None,
+        route_of(whole) if not goals else None,
         steps,
         leaves,
         size,
@@ -143,7 +158,43 @@ def make_plan(root: Node, found: Trace, goals: list[Output], method: str) -> Pla
         beyond,
         narrow,
         sorted(joiner.declined),
+        weights,
+        [],
     )
+
+
+def weight_of(node: Node) -> float | None:
+    """The number by which ``node`` multiplies a term of the loss; None if it does something else."""
+    if type(node) is not MulBackward or node._input_metadata[0].shape:
+        return None
+    number = node._saved_other
+    if number is None or not number.is_cpu or number.dim() or number.requires_grad:
+        return None
+    return float(number)
+
+
+def _weights(found: Trace) -> list[tuple[int, bool]]:
+    found_weights = [(position, weight_of(node)) for position, node in enumerate(found.nodes)]
+    return [(position, weight == 0) for position, weight in found_weights if weight is not None]
+
+
+def _without_terms(found: Trace, dropped: set[int]) -> Trace:
+    """The trace without what leads to the loss by the ``dropped`` nodes alone; positions stay, and so do all leaves.
+
+    Libraries write ``loss + 0.0 * entropy`` where a bonus is switched off: neither gradient nor curvature comes from
+    there, and the leaves that only the term reaches have a diagonal of zeros.
+    """
+    reached = [False] * len(found.nodes)
+    reached[0] = 0 not in dropped
+    for position, node in enumerate(found.nodes):
+        if reached[position]:
+            for child, _, _ in found.edges[node]:
+                below = found.index[child]
+                if below >= 0 and below not in dropped:
+                    reached[below] = True
+    index = {node: position if position >= 0 and reached[position] else -1 for node, position in found.index.items()}
+    edges = {node: inputs if index[node] >= 0 else [] for node, inputs in found.edges.items()}
+    return Trace(found.nodes, index, edges, found.leaves)
 
 
 def _with_shared_gradients(steps: list[Step]) -> list[Step]:

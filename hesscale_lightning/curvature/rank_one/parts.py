@@ -5,6 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
+_TINY = torch.finfo(torch.float32).tiny
+
+#: Taken from a row's total before something is divided by it, for the rows in which both are zero.
+_HARMLESS = torch.tensor(1e-20)
+
 
 class RankOne:
     """``c_b g_b g_b^T`` in every sample ``b``; the gradient is autograd's own wherever the part is met.
@@ -17,8 +23,10 @@ class RankOne:
     __slots__ = ("c", "samples")
     c: Tensor
 
-    def __init__(self, samples: int) -> None:
+    def __init__(self, samples: int, c: Tensor | None = None) -> None:
         self.samples = samples
+        if c is not None:
+            self.c = c
 
     def like(self, x: Tensor, inner: int) -> Tensor:
         """The coefficients, broadcastable to ``x``, in which ``inner`` neighbours belong together."""
@@ -30,7 +38,7 @@ class RankOne:
         return c.expand(self.samples, inner).expand(x.numel() // (self.samples * inner), -1, -1).reshape(x.shape)
 
     def diagonal(self, g: Tensor, inner: int) -> Tensor:
-        """``c g^2``; ``g^2`` alone may underflow where c is large."""
+        """``c g^2``, in this order, because ``g^2`` may underflow where c is large."""
         return (g * self.like(g, inner)).mul_(g)
 
     def whole(self, g: Tensor | None, d: Tensor | None, inner: int) -> Tensor | None:
@@ -39,20 +47,74 @@ class RankOne:
             return d
         if d is None:
             return self.diagonal(g, inner)
-        return torch.addcmul(d, g * self.like(g, inner), g)
+        whole = g * self.like(g, inner)
+        return torch.addcmul(d, whole, g, out=whole)
 
 
 class SoftmaxHead:
-    """What the rule of log-softmax leaves for the steps below: ``H = w (diag p - p p^T)`` in every row.
+    """``H = w (diag p - p p^T)`` in every row, as log-softmax makes it, for a gradient ``g = w (p - t)``.
 
     Attributes:
         p: The probabilities.
-        w: Weight of each row, one entry along the dimension of the classes.
+        total: ``-w``, a column.
+        others: ``w p`` apart from the picked class, where the loss is a function of one log-probability in each row;
+            None: it is not.
+        passed: The diagonal that comes from above beside H; None: none.
     """
 
-    __slots__ = ("p", "w")
+    __slots__ = ("others", "p", "passed", "total")
     p: Tensor
-    w: Tensor
+    total: Tensor
+    others: Tensor | None
+    passed: Tensor | None
+
+    def split(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """``c``, a column, and the number that :meth:`through` needs beside it.
+
+        With t = 1 at the picked class y alone ``c = p_y / ((1 - p_y) w) = 1/s - 1/w``, where ``s = w (1 - p_y)`` is the
+        sum over the others: no difference of nearly equal numbers. Otherwise ``c = 1 / sum(g^2 / (w p))``, kept from
+        outgrowing what the rounding of g allows.
+
+        Args:
+            g: The gradient at the softmax's input, a row for each of its rows.
+        """
+        eps = _EPS[g.dtype]
+        if self.total.dim() != 2:
+            self._flatten()
+        total, p = self.total, self.p
+        if self.others is not None:
+            total = total - _HARMLESS
+            scale = self.others.sum(1, True).sub_(total, alpha=eps).reciprocal_()
+            return total.reciprocal_().add_(scale), scale
+        fit = (g * g).div_(p.clamp(min=_TINY)).sum(1, True)
+        scale = torch.maximum(fit, (total * total).mul_(eps)).clamp_(min=_TINY).reciprocal_()
+        return -scale * total, scale
+
+    def through(self, weight: Tensor, g: Tensor, scale: Tensor) -> Tensor:
+        """``diag(W (H - c g g^T) W^T)``, and what comes from above.
+
+        For a picked class that is ``e (W^2)^T - (e W^T)^2 / s`` with e the others' ``w p``, else
+        ``w (p (W^2)^T - (p W^T)^2) - c (g W^T)^2``.
+
+        Args:
+            weight: ``W^T``, classes by inputs.
+            g: The gradient at the softmax's input.
+            scale: From :meth:`split`.
+        """
+        square = weight * weight
+        if self.others is not None:
+            rest = self.others.mm(square).addcmul_(self.others.mm(weight).square_(), scale, value=-1)
+        else:
+            rest = self.p.mm(square).sub_(self.p.mm(weight).square_())
+            rest.addcmul_(g.mm(weight).square_(), scale, value=-1).clamp_(min=0).mul_(-self.total)
+        return rest if self.passed is None else rest.add_(self.passed.mm(square))
+
+    def _flatten(self) -> None:
+        """To a matrix with a row for each row of the softmax."""
+        shape = (-1, self.p.shape[-1])
+        self.total, self.p = self.total.reshape(-1, 1), self.p.reshape(shape)
+        self.others = None if self.others is None else self.others.reshape(shape)
+        self.passed = None if self.passed is None else self.passed.reshape(shape)
 
 
 def of_diagonal(g: Tensor, h: Tensor, samples: int) -> Tensor:
@@ -66,18 +128,7 @@ def of_diagonal(g: Tensor, h: Tensor, samples: int) -> Tensor:
     total = shares.sum(1, keepdim=True)
     if shares.shape[1] > 1:
         total = total.where(total.abs() >= 0.999 * shares.abs().sum(1, keepdim=True), torch.inf)
-    tiny = torch.finfo(total.dtype).tiny
-    return total.reciprocal().where(total.abs() >= tiny, 0.0)  # False for nan as well
-
-
-def of_softmax(g: Tensor, p: Tensor, w: Tensor) -> Tensor:
-    """``1 / sum(g^2 / p)`` for every row: ``c / w`` for ``H = w (diag p - p p^T)`` and a gradient ``g = w (p - t)``.
-
-    Where p is close to t this is a small number's inverse, and must not outgrow what the rounding of g allows.
-    """
-    limits = torch.finfo(p.dtype)
-    total = (g * g).div_(p.clamp(min=limits.tiny)).sum(-1, keepdim=True)
-    return torch.maximum(total, (w * w).mul_(limits.eps)).clamp_(min=limits.tiny).reciprocal_()
+    return total.reciprocal().where(total.abs() >= _TINY, 0.0)  # False for nan as well
 
 
 def without(h: Tensor, part: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where the curvature of a loss is carried in two parts, decided for one graph when it is armed.
+"""Where the curvature of a loss is carried in two parts: decided once for all graphs of one structure and size.
 
 From the loss downwards every tensor is in one of these states: no curvature arrives; it has a plain diagonal; its
 Hessian is known, because it is diagonal or a softmax's; or it is split into a rank-one part in every sample and a
@@ -9,39 +9,65 @@ operation above takes the whole, ``d + c g^2``, and all below is plain HesScale.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
-from functools import partial
+from collections.abc import Container, Sequence
 from typing import Any, Literal, NamedTuple
 
 from hesscale_lightning.curvature.composite import Composite
 from hesscale_lightning.curvature.graph import AccumulateGrad, Node
 from hesscale_lightning.curvature.plan import Plan, Step
 from hesscale_lightning.curvature.rank_one import layout, steps
-from hesscale_lightning.curvature.rank_one.parts import RankOne, SoftmaxHead
 from hesscale_lightning.curvature.rank_one.steps import Use
-from hesscale_lightning.curvature.registry import Formula, Operation, Rule
+from hesscale_lightning.curvature.registry import Operation
 
 
 class State(NamedTuple):
     """What is known of the curvature at a tensor, where it is not a plain diagonal.
 
     Attributes:
-        part: The rank-one part that rides on the gradient, beside the remainder; None: none.
+        part: Number of the rank-one part that rides on the gradient, beside the remainder; None: none.
         inner: How many neighbours belong to a sample.
-        kind: Whether the remainder is all there is, ``"diagonal"``; a softmax's, ``"softmax"``; or an estimate.
-        head: The softmax.
+        kind: Whether the remainder is diagonal, a softmax's (both are known as a whole), or an estimate.
+        head: Number of the softmax.
     """
 
-    part: RankOne | None
+    part: int | None
     inner: int
     kind: Literal["diagonal", "softmax", "estimate"]
-    head: SoftmaxHead | None = None
+    head: int | None = None
+
+
+class Recipe(NamedTuple):
+    """What is done differently at each step, for all graphs of one structure and size.
+
+    Attributes:
+        uses: For each step, how it meets the rank-one part, or None where all is as for HesScale.
+        samples: For each rank-one part, how many samples it has.
+        heads: How many softmaxes there are.
+        notes: Where the split begins, and where and why it ends or is less than exact: number of a step, and text.
+    """
+
+    uses: list[Use | None]
+    samples: list[int]
+    heads: int
+    notes: list[tuple[int, str]]
 
 
 ZERO: Any = "no curvature arrives"
 PLAIN: Any = "a plain diagonal"
 DIAGONAL = State(None, 0, "diagonal")
 _UNSEEN: Any = None
+
+#: Which input gives an operation a second derivative, where not all do.
+_CURVED_BY = {
+    "AddcdivBackward0": 2, "DivBackward0": 1, "DivBackward1": 1, "LdexpBackward0": 1, "SpecialXlog1PyBackward0": 1,
+    "XlogyBackward0": 1,
+}  # fmt: skip
+
+#: What the decisions depend on beside shapes.
+_SETTINGS = (
+    "_saved_dim", "_saved_dim0", "_saved_dim1", "_saved_dims", "_saved_groups",
+    "_saved_normalized_shape", "_saved_pad", "_saved_reduction", "_saved_training", "_saved_transposed",
+)  # fmt: skip
 
 
 def _merged(a: Any, b: Any) -> Any:
@@ -50,78 +76,108 @@ def _merged(a: Any, b: Any) -> Any:
         return b
     if ZERO in (a, b):
         a, b = (b, a) if a is ZERO else (a, b)
-        return a if a is PLAIN or a == DIAGONAL else PLAIN  # c needs all of the gradient to be this loss's
+        return a if a == DIAGONAL else PLAIN  # c needs all of the gradient to be this loss's
     return PLAIN
 
 
-class Change(NamedTuple):
-    """What is done differently at a step. The formulas take gradient and curvature.
+class Aspects(NamedTuple):
+    """What recipes for graphs of one structure depend on beside it.
 
     Attributes:
-        of_operation: From an operation and its rule to the formula in place of the ordinary one.
-        of_composite: From a composite's formula to the one in its place.
+        leaves: Positions of leaves, whose shapes matter.
+        nodes: Positions of other nodes, whose outputs' shapes matter.
+        settings: Positions of nodes, and names of what else matters there.
     """
 
-    of_operation: Callable[[Operation, Rule], Formula]
-    of_composite: Callable[[Formula], Formula]
+    leaves: list[int]
+    nodes: list[int]
+    settings: list[tuple[int, str]]
 
 
-class Refinement:
-    """The changes to each step of a plan, for one graph.
+def aspects_of(plan: Plan, nodes: Sequence[Node]) -> Aspects:
+    """What recipes for this plan depend on; an operation entry by entry on one tensor is as large as its input."""
+    others: list[int] = []
+    settings: list[tuple[int, str]] = []
+    for step in plan.steps:
+        members = [step.cell] if step.composite is None else [m.position for m in step.composite.members]
+        if step.rule.partials is None or step.rule.reduces or len(step.needs) > 1 or step.composite is not None:
+            others += members
+        for position in members:
+            names = set(dir(nodes[position]))
+            settings += [(position, name) for name in _SETTINGS if name in names]
+    return Aspects(plan.leaves, others, settings)
+
+
+def signature(aspects: Aspects, nodes: Sequence[Node]) -> Any:
+    """Equal for graphs that share a recipe."""
+    return (
+        [nodes[position].variable.shape for position in aspects.leaves],
+        [[meta.shape for meta in nodes[position]._input_metadata] for position in aspects.nodes],
+        [getattr(nodes[position], name) for position, name in aspects.settings],
+    )
+
+
+def make_recipe(plan: Plan, nodes: Sequence[Node], following: Sequence[Any], outside: Container[int]) -> Recipe:
+    """Decides for one graph.
 
     Args:
-        plan: The plan.
-        nodes: The graph's nodes by position.
+        plan: The plan of its structure.
+        nodes: Its nodes by position.
         following: Their ``next_functions``.
         outside: Cells whose curvature is wanted itself.
-
-    Attributes:
-        changes: For each step, the change or None.
-        notes: Where the split begins, and where and why it ends, by step.
     """
+    return _Decisions(plan, nodes, following, outside).recipe()
 
+
+class _Decisions:
     def __init__(self, plan: Plan, nodes: Sequence[Node], following: Sequence[Any], outside: Container[int]) -> None:
         self._plan, self._nodes, self._following = plan, nodes, following
         self._outside = outside
         self._states: list[Any] = [_UNSEEN] * plan.cells
-        self._uses: list[Use | None] = []
-        self._proposed: list[list[Any]] = []
-        self.notes: list[tuple[int, str]] = []
         self._states[0] = ZERO
-        for step in plan.steps:
-            self._visit(step)
-        self.changes = [self._change(k, step) for k, step in enumerate(plan.steps)]
+        self._samples: list[int] = []
+        self._heads = 0
+        self._picked: set[int] = set()  # cells of tensors used only by an operation that picks one entry of each row
+        self._notes: list[tuple[int, str]] = []
 
-    # -- first pass: states, from the loss downwards
+    def recipe(self) -> Recipe:
+        met = [self._visit(step) for step in self._plan.steps]
+        uses = [
+            self._settled(k, step, use, proposed)
+            for k, (step, (use, proposed)) in enumerate(zip(self._plan.steps, met, strict=True))
+        ]
+        return Recipe(uses, self._samples, self._heads, self._notes)
 
-    def _visit(self, step: Step) -> None:
+    # -- first: the states, from the loss downwards
+
+    def _visit(self, step: Step) -> tuple[Use | None, list[Any]]:
         use, proposed = self._met(step)
-        self._uses.append(use)
-        self._proposed.append(proposed)
+        picks = step.rule.name == "NllLossBackward0" or (
+            step.composite is None and steps.picks_one(self._operation(step.cell, step))
+        )
+        for target in step.targets:
+            if target >= 0:
+                (self._picked.add if picks and self._states[target] is _UNSEEN else self._picked.discard)(target)
         for target, state in zip(step.targets, proposed, strict=False):
             if target >= 0:
-                if state is not ZERO and state is not PLAIN and self._ends_at(target, state):
+                if isinstance(state, State) and self._ends_at(target):
                     state = PLAIN
                 self._states[target] = _merged(self._states[target], state)
+        return use, proposed
 
-    def _ends_at(self, cell: int, state: State) -> bool:
+    def _ends_at(self, cell: int) -> bool:
         """Leaves and wanted tensors take the whole."""
-        if cell in self._outside:
-            return True
-        return cell < self._plan.size and type(self._nodes[cell]) is AccumulateGrad
+        return cell in self._outside or (cell < self._plan.size and type(self._nodes[cell]) is AccumulateGrad)
 
     def _met(self, step: Step) -> tuple[Use | None, list[Any]]:
         """How a step meets the rank-one part, and the state that it proposes for each input."""
-        count = len(step.targets)
         state = self._state_of_outputs(step)
-        if state is PLAIN or state is _UNSEEN:
-            return None, [PLAIN] * count
+        if not (state is ZERO or isinstance(state, State)):
+            return None, [PLAIN] * len(step.targets)
         if step.composite is not None:
             return self._met_by_composite(step, step.composite, state)
-        op = self._operation(step)
-        if state is ZERO:
-            return self._begun(step, op)
-        return self._continued(step, op, state)
+        op = self._operation(step.cell, step)
+        return self._begun(step, op) if state is ZERO else self._continued(step, op, state)
 
     def _state_of_outputs(self, step: Step) -> Any:
         if step.outputs is None:
@@ -130,120 +186,117 @@ class Refinement:
         first = states[0] if states else _UNSEEN
         return first if all(s == first for s in states) else PLAIN
 
-    def _operation(self, step: Step) -> Operation:
-        node, following = self._nodes[step.cell], self._following[step.cell]
-        return Operation(node, following, step.needs, step.transposed, "hesscale", step.rule.curved)
+    def _operation(self, position: int, step: Step) -> Operation:
+        return Operation(
+            self._nodes[position], self._following[position], step.needs, step.transposed, "hesscale", step.rule.curved
+        )
 
     def _begun(self, step: Step, op: Operation) -> tuple[Use | None, list[Any]]:
         """No curvature arrives; perhaps it is made here."""
         rule, count = step.rule, len(step.targets)
-        if not rule.curved:
+        by = _CURVED_BY.get(rule.name)
+        if not rule.curved or (by is not None and not any(step.needs[by : by + 1])):
             return None, [ZERO] * count
-        if rule.name == "LogSoftmaxBackward0" and not step.turns:
-            return self._begun_by_softmax(step, op)
-        op.transposed = list(op.transposed)
-        rule.build(op)
-        if not op.curved:
-            return None, [ZERO] * count
+        if rule.name == "LogSoftmaxBackward0" and steps.is_along_last(op):
+            return self._softmax(step, op, None)
         return None, [DIAGONAL if layout.is_entrywise(rule) else PLAIN] * count
 
-    def _begun_by_softmax(self, step: Step, op: Operation) -> tuple[Use | None, list[Any]]:
-        shape = op.output_shape()
-        rank = len(shape)
-        dim = layout.signed(op.node._saved_dim) % max(rank, 1)
-        if not rank or shape[dim + 1 :].numel() != 1 or not shape.numel():
-            return None, [PLAIN]
-        head = SoftmaxHead()
-        state = State(None, 0, "softmax", head)
-        return Use([True], None, [0], None, head), [state]
+    def _softmax(self, step: Step, op: Operation, part: int | None) -> tuple[Use | None, list[Any]]:
+        """Log-softmax along the last dimension; what arrives is a rank-one part and nothing beside it, if anything."""
+        width = op.output_shape()[-1]
+        head, self._heads = self._heads, self._heads + 1
+        kind: Any = "picked softmax" if step.cell in self._picked else "softmax"
+        return Use(kind, [True], part, [width], None, head), [State(part, width, "softmax", head)]
 
     def _continued(self, step: Step, op: Operation, state: State) -> tuple[Use | None, list[Any]]:
         rule, count = step.rule, len(step.targets)
-        whole = not rule.reduces or op.output_shape() == op.input_shape(0)
-        if state == DIAGONAL and whole and (rule.view or layout.is_entrywise(rule)):
-            return None, [DIAGONAL] * count
         if state.kind == "softmax" and rule.name in layout.ORDER_KEEPING and not step.turns:
             return None, [state] * count
-        return self._split(step, op, state)
+        entrywise = layout.is_entrywise(rule) and (not rule.reduces or op.output_shape() == op.input_shape(0))
+        if state == DIAGONAL and (entrywise or (rule.view and not steps.picks_one(op))):
+            return None, [DIAGONAL] * count
+        if rule.name == "LogSoftmaxBackward0" and self._is_picked(state, op):
+            return self._softmax(step, op, state.part)
+        return self._split(step, op, state, entrywise or rule.view)
 
-    def _split(self, step: Step, op: Operation, state: State) -> tuple[Use | None, list[Any]]:
-        """The curvature is split already, or is to be split here."""
-        rule, count = step.rule, len(step.targets)
-        linear = steps.is_linear(op)
+    def _is_picked(self, state: State, op: Operation) -> bool:
+        """Whether curvature arrives in one entry of each row, so that it is all in the rank-one part."""
         shape = op.output_shape()
-        part, inner, made = state.part, state.inner, None
-        if not shape.numel():
-            return None, [PLAIN] * count
-        entrywise = rule.view or layout.is_entrywise(rule)
-        if state.kind != "estimate" and not (entrywise and state.kind == "diagonal" and part is not None):
-            if part is None:
-                samples = shape[0] if linear else shape.numel()
-                if state.kind == "softmax":
-                    samples = shape.numel() // shape[-1]
-                inner = shape.numel() // samples
-            else:
-                samples = part.samples
-            rows = shape[:1].numel() if linear else samples
-            if step.outputs is None and rows == samples and inner * samples == shape.numel():
-                made = RankOne(samples)
-        below = made or part
+        return (
+            steps.is_along_last(op)
+            and state.part is not None
+            and state.kind == "diagonal"
+            and state.inner == shape[-1]
+            and self._samples[state.part] * shape[-1] == shape.numel()
+        )
+
+    def _split(self, step: Step, op: Operation, state: State, keeps: bool) -> tuple[Use | None, list[Any]]:
+        """The curvature is split already, or is to be split here."""
+        shape, linear = op.output_shape(), steps.is_linear(op)
+        part, inner, made, head = state.part, state.inner, None, state.head
+        known = state.kind == "diagonal" or (state.kind == "softmax" and shape[-1:] == (inner,))
+        if known and not (keeps and part is not None) and step.outputs is None and shape.numel():
+            rows = shape.numel() // inner if state.kind == "softmax" else shape[0] if linear else shape.numel()
+            samples = rows if part is None else self._samples[part]
+            if samples == rows and (part is None or inner * samples == shape.numel()):
+                inner, made = shape.numel() // samples, len(self._samples)
+                self._samples.append(samples)
+        below = part if made is None else made
         if below is None:
-            return None, [PLAIN] * count
-        kind: Any = "estimate"
-        if state.kind == "diagonal" and (entrywise or inner == 1):
-            kind = "diagonal"
-        proposed: list[Any] = []
+            return None, [PLAIN] * len(step.targets)
+        kind: Any = "diagonal" if state.kind == "diagonal" and (keeps or inner == 1) else "estimate"
+        proposed = []
         for i, target in enumerate(step.targets):
-            found = None
-            if target >= 0:
-                found = layout.inner_of_input(op, rule, i, below.samples, inner)
+            found = layout.inner_of_input(op, step.rule, i, self._samples[below], inner) if target >= 0 else None
             proposed.append(PLAIN if found is None else State(below, found, kind))
         outputs = 1 if step.outputs is None else len(step.outputs)
-        return Use([False] * count, part, [inner] * outputs, made, state.head), proposed
+        kind_of_step: Any = "linear" if linear else "any"
+        return Use(kind_of_step, [False] * len(step.targets), part, [inner] * outputs, made, head), proposed
 
     def _met_by_composite(self, step: Step, composite: Composite, state: Any) -> tuple[Use | None, list[Any]]:
-        count = len(step.targets)
-        plain = [PLAIN] * count
+        plain = [PLAIN] * len(step.targets)
         if not composite.rowwise and not composite.shared and (state is ZERO or state == DIAGONAL):
-            return None, [DIAGONAL] * count
+            return None, [DIAGONAL] * len(plain)
+        if composite.rowwise and steps.is_log_softmax(composite, [self._nodes[m.position] for m in composite.members]):
+            op = self._operation(step.cell, step)
+            if state is ZERO or self._is_picked(state, op):
+                return self._softmax(step, op, None if state is ZERO else state.part)
         if state is ZERO or state.part is None:
             return None, plain
-        return Use([False] * count, state.part, [state.inner]), plain
+        proposed = plain
+        if not composite.rowwise and not composite.shared:
+            proposed = [self._through_composite(composite, source, state) for source in range(len(plain))]
+        return Use("any", [False] * len(plain), state.part, [state.inner]), proposed
 
-    # -- second pass: what it means for each step
+    def _through_composite(self, composite: Composite, source: int, state: State) -> Any:
+        """Entry by entry as a whole; only a source of the output's shape is known to have the samples' rows."""
+        end = composite.members[-1].position
+        shape = self._operation(end, self._plan.steps[0]).output_shape()
+        for member in composite.members:
+            for i, entry in enumerate(member.wiring):
+                if entry == ~source:
+                    op = Operation(
+                        self._nodes[member.position], self._following[member.position], member.needs,
+                        [False] * len(member.needs), "hesscale", False,
+                    )  # fmt: skip
+                    if op.input_shape(i) != shape:
+                        return PLAIN
+        return State(state.part, state.inner, state.kind)
 
-    def _change(self, k: int, step: Step) -> Change | None:
-        use, proposed = self._uses[k], self._proposed[k]
+    # -- second: what it means for each step, now that every tensor's state is known
+
+    def _settled(self, k: int, step: Step, use: Use | None, proposed: list[Any]) -> Use | None:
         if use is None:
             return None
-        states = self._states
         kept = [
-            target >= 0 and isinstance(state, State) and states[target] == state
+            target >= 0 and isinstance(state, State) and self._states[target] == state
             for target, state in zip(step.targets, proposed, strict=True)
         ]
-        if isinstance(proposed[0], State) and proposed[0].kind == "softmax":
-            return self._softmax_change(use) if kept[0] else None
+        taken = [keep or target == -1 for keep, target in zip(kept, step.targets, strict=True)]
         if not any(kept):
             if use.part is None:
                 return None  # what arrives is whole
-            use = use._replace(made=None, head=None)
-        elif use.made is None and all(keep or target == -1 for keep, target in zip(kept, step.targets, strict=True)):
+            use = use._replace(made=None, head=None, kind="linear" if use.kind == "linear" else "any")
+        elif "softmax" not in use.kind and use.made is None and all(taken):
             return None  # the remainder goes on by the ordinary rule
-        use = use._replace(kept=[keep or target == -1 for keep, target in zip(kept, step.targets, strict=True)])
-        return Change(partial(_built, use), lambda formula: steps.any_operation(formula, True, use))
-
-    def _softmax_change(self, use: Use) -> Change:
-        head = use.head
-        assert head is not None
-
-        def build(op: Operation, _: Rule) -> Formula:
-            return steps.log_softmax(op.node._saved_result, layout.signed(op.node._saved_dim), head)
-
-        return Change(build, lambda formula: formula)
-
-
-def _built(use: Use, op: Operation, rule: Rule) -> Formula:
-    if steps.is_linear(op):
-        return steps.linear(op, use)
-    formula = rule.build(op)
-    return steps.any_operation(formula, op.curved, use)
+        return use._replace(kept=taken)

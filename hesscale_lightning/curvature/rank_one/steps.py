@@ -7,77 +7,129 @@ uses it once, because the square of the sample's gradient ``g_o a_i`` is a produ
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hesscale_lightning.curvature.composite import Composite
+from hesscale_lightning.curvature.graph import Node
 from hesscale_lightning.curvature.precision import full, squared
-from hesscale_lightning.curvature.rank_one.parts import RankOne, SoftmaxHead, of_diagonal, of_softmax, without
-from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation
+from hesscale_lightning.curvature.rank_one.parts import RankOne, SoftmaxHead, of_diagonal, without
+from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, Rule
+from hesscale_lightning.curvature.rules.shape import signed
 
 
 class Use(NamedTuple):
-    """How a step meets the rank-one part.
+    """How a step meets the rank-one part; parts and softmaxes are numbers, because a recipe serves many graphs.
 
     Attributes:
+        kind: Which formula of this module the step takes.
         kept: For each input, whether it takes the remainder, and not the whole.
         part: The rank-one part at the output; None: none yet.
         inners: For each output, how many neighbours belong to a sample.
         made: The part that this step splits off the remainder first, or None.
-        head: The softmax that the remainder at the output comes from directly, or None.
+        head: The softmax that this step is, or that the remainder at its output comes from directly; or None.
     """
+
+    kind: Literal["any", "linear", "softmax", "picked softmax"]
+    kept: list[bool]
+    part: int | None
+    inners: list[int]
+    made: int | None = None
+    head: int | None = None
+
+
+class Met(NamedTuple):
+    """A :class:`Use` in one graph, with that graph's parts and softmax."""
 
     kept: list[bool]
     part: RankOne | None
     inners: list[int]
-    made: RankOne | None = None
-    head: SoftmaxHead | None = None
+    made: RankOne | None
+    head: SoftmaxHead | None
 
 
-def _coefficients(use: Use, g: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Settles the coefficients of the part that this step splits off.
+class Parts:
+    """The rank-one parts and softmaxes of one graph, filled as its backward goes down.
 
-    Returns:
-        What is split off here, apart from an earlier part's coefficients; and, for a softmax, the same over its weight.
+    Args:
+        samples: For each part, how many samples it has.
+        heads: How many softmaxes there are.
     """
-    made, part = use.made, use.part
+
+    def __init__(self, samples: Sequence[int], heads: int) -> None:
+        self._parts = [RankOne(count) for count in samples]
+        self._heads = [SoftmaxHead() for _ in range(heads)]
+
+    def _met(self, use: Use) -> Met:
+        parts, part, made, head = self._parts, use.part, use.made, use.head
+        return Met(
+            use.kept,
+            None if part is None else parts[part],
+            use.inners,
+            None if made is None else parts[made],
+            None if head is None else self._heads[head],
+        )
+
+    def formula(self, use: Use, op: Operation, rule: Rule) -> Formula:
+        """The formula of an operation in place of the ordinary one; it takes gradient and curvature."""
+        met = self._met(use)
+        if use.kind == "linear":
+            return linear(op, rule.name == "AddmmBackward0", met)
+        if use.kind in ("softmax", "picked softmax"):
+            result = op.node._saved_result
+            return log_softmax(lambda: full(result).exp(), met, use.kind == "picked softmax")
+        return any_operation(rule.build(op), op.curved, met)
+
+    def of_composite(self, use: Use, formula: Formula, operations: Sequence[Operation]) -> Formula:
+        """The formula of a composite in place of the ordinary one."""
+        met = self._met(use)
+        if use.kind in ("softmax", "picked softmax"):
+            node = operations[0].node
+            x, total = node._saved_self, node._saved_result
+            return log_softmax(lambda: torch.exp(full(x) - full(total)), met, use.kind == "picked softmax")
+        return any_operation(formula, True, met)
+
+
+def _coefficients(met: Met, g: Tensor, h: Tensor | None) -> Tensor:
+    """Settles the coefficients of the part that this step splits off, and returns them without an earlier part's."""
+    made, part = met.made, met.part
     assert made is not None
-    share = None
     if h is None:
         c = g.new_zeros(made.samples, 1)
-    elif use.head is None:
+    elif met.head is None:
         c = of_diagonal(g, h, made.samples)
     else:
-        w = use.head.w.reshape(*g.shape[:-1], 1)
-        share = of_softmax(g, use.head.p.reshape(g.shape), w)
-        c = (share * w).reshape(made.samples, 1)
+        c = met.head.split(g.reshape(made.samples, -1))[0]
     made.c = c if part is None else c + part.c
-    return c, share
+    return c
 
 
-def any_operation(formula: Formula, curved: bool, use: Use) -> Formula:
+# -- any operation -----------------------------------------------------------------------------------------------------
+
+
+def any_operation(formula: Formula, curved: bool, met: Met) -> Formula:
     """The ordinary formula, once for the inputs that take the remainder, once for those that take the whole.
 
     Args:
         formula: The ordinary one.
         curved: Whether it takes the gradient.
-        use: How the step meets the rank-one part.
+        met: How the step meets the rank-one part.
     """
     call: Callable[[Any, Any], Any] = formula if curved else lambda _, h: None if h is None else formula(h)
-    kept, part, inners = use.kept, use.part, use.inners
+    kept, part, inners = met.kept, met.part, met.inners
     nothing = (None,) * len(kept)
 
     def passed(g: Any, h: Any) -> Diagonals:
-        if isinstance(g, tuple) or isinstance(h, tuple) or len(inners) > 1:
-            whole = _whole_of_all(use, g, h)
+        if len(inners) > 1:
+            whole = h if part is None or g is None else _whole_of_all(part, g, h, inners)
         else:
             whole = h if part is None or g is None else part.whole(g, h, inners[0])
-            if use.made is not None and g is not None:
-                c, _ = _coefficients(use, g, h)
-                c = c.view(-1, *[1] * (g.dim() - 1)) if len(c) == len(g) else c.expand(-1, inners[0]).reshape(g.shape)
-                h = None if h is None else without(h, (g * c).mul_(g))
+            if met.made is not None and g is not None:
+                c = _coefficients(met, g, h)
+                h = None if h is None else without(h, RankOne(met.made.samples, c).diagonal(g, inners[0]))
         of_rest: Diagonals = (call(g, h) or nothing) if any(kept) and not (g is None and h is None) else nothing
         if all(kept):
             return of_rest
@@ -87,23 +139,60 @@ def any_operation(formula: Formula, curved: bool, use: Use) -> Formula:
     return passed
 
 
-def _whole_of_all(use: Use, g: Any, h: Any) -> Any:
-    part = use.part
-    if part is None or g is None:
-        return h
+def _whole_of_all(part: RankOne, g: Any, h: Any, inners: list[int]) -> Any:
     h = (None,) * len(g) if h is None else h
-    return tuple([part.whole(*both) for both in zip(g, h, use.inners, strict=True)])
+    return tuple([part.whole(g_y, h_y, inner) for g_y, h_y, inner in zip(g, h, inners, strict=True)])
 
 
-def log_softmax(result: Tensor, dim: int, head: SoftmaxHead) -> Formula:
-    """The ordinary rule where no curvature arrives, which leaves what it knows of the Hessian in ``head``."""
+def picks_one(op: Operation) -> bool:
+    """Whether the operation picks one entry of each row."""
+    shape = op.output_shape()
+    return op.node.name() == "GatherBackward0" and bool(shape) and shape[-1] == 1 and is_along_last(op)
+
+
+# -- log-softmax -------------------------------------------------------------------------------------------------------
+
+
+def is_along_last(op: Operation) -> bool:
+    """Whether an operation works along the last dimension."""
+    rank = len(op.output_shape())
+    return rank > 0 and signed(op.node._saved_dim) % rank == rank - 1 and not any(op.transposed)
+
+
+def is_log_softmax(composite: Composite, nodes: Sequence[Node]) -> bool:
+    """Whether a composite is ``x - logsumexp(x, -1, keepdim=True)``."""
+    return (
+        [node.name() for node in nodes] == ["LogsumexpBackward0", "SubBackward0"]
+        and [member.wiring for member in composite.members] == [[~0], [~0, 0]]
+        and not composite.shared
+        and bool(nodes[0]._saved_keepdim)
+    )
+
+
+def log_softmax(probabilities: Callable[[], Tensor], met: Met, picked: bool) -> Formula:
+    """The ordinary rule, which leaves what it knows of the Hessian that is made here for the steps below.
+
+    Args:
+        probabilities: Returns the softmax.
+        met: How the step meets the rank-one part.
+        picked: Whether the loss is a function of one log-probability in each row.
+    """
+    head = met.head
+    assert head is not None
 
     def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
-        assert g is not None
-        p = full(result).exp()
-        w = g.sum(dim, keepdim=True).neg_()
-        head.p, head.w = p, w
-        return (torch.addcmul(p, p, p, value=-1).mul_(w),)
+        if g is None:
+            g = torch.zeros_like(h)  # type: ignore[arg-type]
+        p = probabilities()
+        total = g.sum(-1, True)
+        head.p, head.total = p, total
+        head.others = (g - total).mul_(p) if picked else None
+        made = torch.addcmul(p, p, p, value=-1).mul_(total).neg_()
+        if h is None:
+            head.passed = None
+            return (made,)
+        head.passed = torch.addcmul(h, p, h, value=-2).addcmul_(p * p, h.sum(-1, keepdim=True))
+        return (made.add_(head.passed),)
 
     return formula
 
@@ -114,64 +203,74 @@ _LINEAR = {"AddmmBackward0": (0, 1, 2), "MmBackward0": (None, 0, 1)}  # which in
 
 
 def is_linear(op: Operation) -> bool:
-    """Whether the operation is ``Y = A W + b``, without factors, and b a vector that all rows share."""
+    """Whether the operation is ``Y = A W + b`` with a vector b that all rows share."""
     places = _LINEAR.get(op.node.name())
-    if places is None:
+    if places is None or op.transposed[places[1]]:
         return False
-    if places[0] is None:
-        return True
-    node = op.node
-    return bool(
-        node._saved_alpha == 1
-        and node._saved_beta == 1
-        and (not op.needs[0] or op.input_shape(0) == op.output_shape()[1:])
-    )
+    return places[0] is None or not op.needs[0] or op.input_shape(0) == op.output_shape()[1:]
 
 
-def linear(op: Operation, use: Use) -> Formula:
-    """``Y = A W + b``, with A's remainder ``diag(W H W^T) - c g_A^2`` where this step splits a known Hessian H.
+def is_convolution(op: Operation) -> bool:
+    """Whether the operation is a convolution of samples in the first dimension."""
+    return False
+
+
+def linear(op: Operation, added: bool, met: Met) -> Formula:
+    """``Y = alpha A W + beta b``, with A's remainder ``diag(W H W^T) - c g_A^2`` where a known Hessian H is split here.
 
     ``diag(W H W^T)`` is ``h (W^2)^T`` for a diagonal H, and ``w (p (W^2)^T - (p W^T)^2)`` for a softmax.
+
+    Args:
+        op: The operation.
+        added: Whether there is a ``b``.
+        met: How the step meets the rank-one part.
     """
-    name = op.node.name()
-    bias, rows, weight = _LINEAR[name]
-    a = op.node._saved_mat1 if name == "AddmmBackward0" else op.node._saved_self
-    b = op.node._saved_mat2
-    need_bias = bias is not None and op.needs[bias]
-    need_a, need_b = op.needs[rows], op.needs[weight]
-    keep_a = use.kept[rows]
-    transposed = op.transposed[weight]
-    op.transposed[weight] = False
-    part, inner = use.part, use.inners[0]
+    node, alpha, beta = op.node, 1, 1
+    if added:
+        a, b, (need_bias, need_a, need_b) = node._saved_mat1, node._saved_mat2, op.needs
+        alpha, beta = node._saved_alpha, node._saved_beta
+    else:
+        a, b, (need_a, need_b) = node._saved_self, node._saved_mat2, op.needs
+        need_bias = False
+    keep_a = met.kept[-2]
+    transposed = op.transposed[-1]
+    op.transposed[-1] = False
+    part, made, inner = met.part, met.made, met.inners[0]
 
     def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
-        whole = h if part is None else part.whole(g, h, inner)
+        whole = h if part is None or g is None else part.whole(g, h, inner)
         h_a = h_b = h_bias = None
+        if need_a:
+            weight = full(b).t()
+            if alpha != 1:
+                weight = weight * alpha
+            if made is not None and g is not None:
+                h_a = _through_last_layer(met, weight, g, h)
+            else:
+                source = h if keep_a else whole
+                h_a = None if source is None else source.mm(weight * weight)
         if whole is not None:
             if need_bias:
-                h_bias = whole.sum(0)
+                h_bias = whole.sum(0) if beta == 1 else whole.sum(0) * beta**2
             if need_b:
                 square = squared(a)
                 h_b = whole.t().mm(square) if transposed else square.t().mm(whole)
-        if need_a:
-            if use.made is not None and g is not None:
-                h_a = _through_last_layer(use, full(b), g, h)
-            else:
-                source = h if keep_a else whole
-                h_a = None if source is None else source.mm(squared(b).t())
-        return (h_a, h_b) if bias is None else (h_bias, h_a, h_b)
+                if alpha != 1:
+                    h_b = h_b * alpha**2
+        return (h_bias, h_a, h_b) if added else (h_a, h_b)
 
     return formula
 
 
-def _through_last_layer(use: Use, b: Tensor, g: Tensor, h: Tensor | None) -> Tensor | None:
-    c, share = _coefficients(use, g, h)
-    if h is None:
-        return None
-    w_t = b.t()
-    at_a = g.mm(w_t)
-    if share is None or use.head is None:
-        return without(h.mm(w_t * w_t), (at_a * c).mul_(at_a))
-    p, w = use.head.p.view_as(g), use.head.w.reshape(-1, 1)
-    mean = p.mm(w_t)
-    return p.mm(w_t * w_t).addcmul_(mean, mean, value=-1).addcmul_(at_a * share, at_a, value=-1).clamp_(min=0).mul_(w)
+def _through_last_layer(met: Met, weight: Tensor, g: Tensor, h: Tensor | None) -> Tensor | None:
+    made, part, head = met.made, met.part, met.head
+    assert made is not None
+    if h is None or head is None:
+        c = _coefficients(met, g, h)
+        if h is None:
+            return None
+        at_a = g.mm(weight)
+        return without(h.mm(weight * weight), (at_a * c).mul_(at_a))
+    c, scale = head.split(g)
+    made.c = c if part is None else c + part.c
+    return head.through(weight, g, scale)
