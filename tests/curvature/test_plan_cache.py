@@ -118,6 +118,16 @@ VARIANTS: dict[str, Variant] = {
     "add": all_of(lambda a, b: end(torch.add(a, b))),
     "mean 0": all_of(lambda a: end(a.mean(0))),
     "mean 1": all_of(lambda a: end(a.mean((0, 1)))),
+    # terms of the loss with a weight, which may be zero
+    "a + 0 b": all_of(lambda a, b: end(a) + 0.0 * end(b * b.sigmoid())),
+    "a + 1/2 b": all_of(lambda a, b: end(a) + 0.5 * end(b * b.sigmoid())),
+    "0 a + b": all_of(lambda a, b: 0.0 * end(a) + end(b * b.sigmoid())),
+    "a + 0 of the same": all_of(lambda a: end(u := a.tanh()) + 0.0 * end(u * u.exp())),
+    "a + 1/2 of the same": all_of(lambda a: end(u := a.tanh()) + 0.5 * end(u * u.exp())),
+    "0 a + 0 b": all_of(lambda a, b: 0.0 * end(a) + 0.0 * end(b)),
+    "0 (a + b)": all_of(lambda a, b: 0.0 * (end(a) + end(b))),
+    "a b + 0 a b, wanted a": some_of(0)(lambda a, b: end(a * b) + 0.0 * end(a * b)),
+    "inner under 0": with_inner(lambda a, b: (end(a) + 0.0 * end((u := b.tanh()) * u), [u, a, b])),
     # tensors inside the graph
     "inner": with_inner(lambda a, b: (end((u := a.tanh()) * b), [u])),
     "inner of two": with_inner(lambda a, b: (end(b * (u := a.tanh())), [u, a])),
