@@ -71,16 +71,27 @@ class HesScaleMaskableMultiInputActorCriticPolicy(
     """Policy for MaskablePPO on dict observations."""
 
 
-class HesScaleRecurrentActorCriticPolicy(HesScaleActorCriticMixin, recurrent.RecurrentActorCriticPolicy):
+class HesScaleRecurrentMixin(HesScaleActorCriticMixin):
+    """For policies of RecurrentPPO."""
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update({name: getattr(self, name) for name in ("shared_lstm", "enable_critic_lstm", "lstm_kwargs")})
+        lstm: Any = self.lstm_actor
+        data.update(lstm_hidden_size=lstm.hidden_size, n_lstm_layers=lstm.num_layers)
+        return data
+
+
+class HesScaleRecurrentActorCriticPolicy(HesScaleRecurrentMixin, recurrent.RecurrentActorCriticPolicy):
     """Policy for RecurrentPPO."""
 
 
-class HesScaleRecurrentActorCriticCnnPolicy(HesScaleActorCriticMixin, recurrent.RecurrentActorCriticCnnPolicy):
+class HesScaleRecurrentActorCriticCnnPolicy(HesScaleRecurrentMixin, recurrent.RecurrentActorCriticCnnPolicy):
     """Policy for RecurrentPPO on images."""
 
 
 class HesScaleRecurrentMultiInputActorCriticPolicy(
-    HesScaleActorCriticMixin, recurrent.RecurrentMultiInputActorCriticPolicy
+    HesScaleRecurrentMixin, recurrent.RecurrentMultiInputActorCriticPolicy
 ):
     """Policy for RecurrentPPO on dict observations."""
 

@@ -17,6 +17,7 @@ from stable_baselines3.common.policies import (
     BasePolicy,
     MultiInputActorCriticPolicy,
 )
+from stable_baselines3.common.utils import get_device
 from stable_baselines3.dqn import policies as dqn
 from stable_baselines3.sac import policies as sac
 from stable_baselines3.td3 import policies as td3
@@ -125,35 +126,39 @@ class HesScaleMixin(BasePolicy):
         data = super()._get_constructor_parameters()
         data.update({f"{network}_optimizer_kwargs": options for network, options in self._network_options.items()})
         data["method"] = self.seam.method
+        if hasattr(self, "share_features_extractor"):  # which Stable-Baselines3 leaves out
+            data["share_features_extractor"] = self.share_features_extractor
         return data
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.seam.watch(optimizers_of(self))  # hooks of optimizers are not pickled
 
-    def save(self, path: str) -> None:
+    def save(self, path: Any) -> None:
         """Saves the policy with the state of its optimizers, which :meth:`load` restores.
 
         Args:
-            path: A file's path.
+            path: A file's path, or a file open for writing.
         """
-        super().save(path)
-        saved = torch.load(path, weights_only=False)
-        saved["optimizers"] = [optimizer.state_dict() for optimizer in optimizers_of(self)]
-        torch.save(saved, path)
+        optimizers = [optimizer.state_dict() for optimizer in optimizers_of(self)]
+        data = self._get_constructor_parameters()
+        torch.save({"state_dict": self.state_dict(), "data": data, "optimizers": optimizers}, path)
 
     @classmethod
-    def load(cls, path: str, device: torch.device | str = "auto") -> Self:
+    def load(cls, path: Any, device: torch.device | str = "auto") -> Self:
         """Loads a policy that :meth:`save` wrote, or one without optimizers' state.
 
         Args:
-            path: A file's path.
+            path: A file's path, or a file open for reading.
             device: Where to put the policy.
         """
-        policy = super().load(path, device)
-        saved = torch.load(path, map_location=policy.device, weights_only=False)
-        for optimizer, state in zip(optimizers_of(policy), saved.get("optimizers", []), strict=False):
-            optimizer.load_state_dict(state)
+        device = get_device(device)
+        saved = torch.load(path, map_location=device, weights_only=False)  # it holds spaces and classes
+        policy = cls(**saved["data"]).to(device)
+        policy.load_state_dict(saved["state_dict"])
+        if "optimizers" in saved:
+            for optimizer, state in zip(optimizers_of(policy), saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
         return policy
 
 
