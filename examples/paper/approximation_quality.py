@@ -187,16 +187,13 @@ def run(amount: Amount, folder: Path) -> dict[str, Any]:
     for setting, seed in tqdm(keys, desc="networks", unit="network", smoothing=0.05, mininterval=1):
         if (str(setting), seed) not in journal.runs:
             journal.note([str(setting), seed], measure(setting, seed, amount))
-    for network in TIMED:
-        if network not in journal.runs:
-            journal.note(network, measure_costs(network, amount.seconds))
     done = [(str(setting), journal.runs[str(setting), seed]) for setting, seed in keys]
     runs: dict[str, dict[str, list[Any]]] = {}
     for setting, found in done:
         for name, figures_of in found["found"].items():
             runs.setdefault(setting, {}).setdefault(name, []).append(rounded(figures_of))
     minutes = rounded(sum(found["seconds"] for _, found in done) / 60)
-    costs = rounded({network: journal.runs[network] for network in TIMED})
+    costs = rounded({network: measure_costs(network, amount.seconds) for network in TIMED})
     return {
         "amount": vars(amount),
         "environment": environment(),

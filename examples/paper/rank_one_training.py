@@ -91,7 +91,7 @@ def train(key: Key, data: Data) -> list[list[float]]:
 def run(seeds: int, folder: Path) -> dict[str, Any]:
     """Run what is not done yet, and return the results of the study."""
     torch.set_num_threads(1)
-    journal = Journal(folder / "runs.jsonl", {"steps": STEPS, "batch": BATCH, "points": POINTS})
+    journal = Journal(folder / "runs.jsonl", {"steps": STEPS, "batch": BATCH, "points": [*POINTS]})
     data = {task: load(task) for task in TASKS}
     ratios = {task: measure_ratio(task, data[task], 5 if seeds < 20 else 20) for task in TASKS}
     keys: list[Key] = [
@@ -170,8 +170,8 @@ def conclusions(results: dict[str, Any]) -> str:
     machine = results["environment"]
     head = (
         f"{len(results['runs'])} tasks, {results['seeds']} seeds, {results['steps']} steps of {results['batch']} "
-        f"samples, learning rates {', '.join(f'{lr:g}' for lr in RATES)}; {results['minutes']:.0f} minutes (one thread, "
-        f"torch {machine['torch']}, {machine['machine']}). Ratios are the rank-one method's training loss over "
+        f"samples, learning rates {', '.join(f'{lr:g}' for lr in RATES)}; {results['minutes']:.0f} minutes (one "
+        f"thread, torch {machine['torch']}, {machine['machine']}). Ratios are the rank-one method's training loss over "
         "HesScale's with the same seed: geometric mean (95 % interval), and the number of seeds with which it is lower."
     )
     parts = [head, findings(results)]
