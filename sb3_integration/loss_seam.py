@@ -70,7 +70,6 @@ class LossSeam:
         self.policy = policy
         self.method = method
         self.statistics = CurvatureStatistics()
-        self._delivered: list[Optimizer] = []
         self._tagged: type[_TaggedTensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -92,11 +91,9 @@ class LossSeam:
         waiting = [o for o in optimizers_of(self.policy) if getattr(o, "awaits_diagonals", False)]
         if not waiting:
             return None
-        armed = attach(
+        return attach(
             loss, [p for o in waiting for group in o.param_groups for p in group["params"]], method=self.method
         )
-        self._delivered = waiting
-        return armed
 
     def watch(self, optimizers: Iterable[Optimizer]) -> None:
         """Lets optimizers that use diagonals fail with advice if the loss does not come through here."""
@@ -105,17 +102,23 @@ class LossSeam:
                 optimizer.register_step_pre_hook(self._before_step)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if optimizer in self._delivered:
-            self._delivered = [other for other in self._delivered if other is not optimizer]
-            self.statistics.take(optimizer)
-        elif getattr(optimizer, "awaits_diagonals", False):
-            raise RuntimeError(
-                f"{type(optimizer).__name__} is about to step without curvature: the loss was not computed from an "
-                f"output that {type(self.policy).__name__} has tagged. If you override evaluate_actions(), "
-                "predict_values() or a network's forward(), return what super() returned, do not detach() it or "
-                "rebuild it from numpy, and call loss.backward(), not torch.autograd.grad(). To train "
-                "without curvature pass policy_kwargs=dict(optimizer_class=torch.optim.Adam)."
-            )
+        if any(argument is not None for argument in (*args[1:], *kwargs.values())):
+            return  # a closure, which has yet to compute gradients; the first argument is the optimizer
+        for group in optimizer.param_groups:
+            for k, param in enumerate(group["params"]):
+                if param.grad is not None and getattr(param, "hess_diag", None) is None:
+                    raise self._no_curvature(optimizer, group["param_names"][k] if "param_names" in group else str(k))
+        self.statistics.take(optimizer)
+
+    def _no_curvature(self, optimizer: Optimizer, name: str) -> RuntimeError:
+        return RuntimeError(
+            f"{type(optimizer).__name__} is about to step without curvature: the gradient of parameter {name} comes "
+            f"from a loss that was not computed from an output that {type(self.policy).__name__} has tagged. If you "
+            "override evaluate_actions(), predict_values() or a network's forward(), return what super() returned, do "
+            "not detach() it or rebuild it from numpy. If you wrote the training loop, compute one loss from that "
+            "output, and call the optimizer's own zero_grad() and then loss.backward(), not torch.autograd.grad(). To "
+            "train without curvature pass policy_kwargs=dict(optimizer_class=torch.optim.Adam)."
+        )
 
 
 class OutputTag:

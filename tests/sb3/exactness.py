@@ -109,7 +109,6 @@ class Comparison:
         params = [p for o in waiting for group in o.param_groups for p in group["params"]]
         self._exact = dict(zip(outputs, exact, strict=True))
         self._armed = attach(loss, {*params, *outputs.values()}, method=self._seam.method)
-        self._seam._delivered = waiting
         return self
 
     def remove(self) -> None:
