@@ -17,11 +17,41 @@ from tests.sb3.cases import Case
 TOLERANCE = 1e-6
 
 
+#: Where it is not, and why.
+ONE_STD = (
+    "one standard deviation per feature stands for all actions, so log_std is not at the output: a matrix of ones mixes"
+)
+SHARED = (
+    "SAC's action is used by the log-probability and by the critic: operations along the last dimension are not joined "
+    "with those whose results others use too"
+)
+MASKED = "the masked logits are normalised twice, and the engine does not join two mixing operations across a mask"
+
+
+def inexact(case: Case) -> str | None:
+    """Why a case is not exact; None if it is."""
+    name = str(case)
+    if name == "PPO-Box-gSDE-one-std-per-feature":
+        return ONE_STD
+    if name.startswith(("SAC", "TQC", "CrossQ")):
+        return SHARED
+    return MASKED if name.startswith("MaskablePPO") else None
+
+
+_measured: dict[str, dict[str, float]] = {}
+
+
 def output_errors(case: Case) -> dict[str, float]:
     """The relative error of the diagonal at each output, the largest over all losses of a short run in float64.
 
-    An error is the largest over all entries, relative to the largest exact entry.
+    An error is the largest over all entries, relative to the largest exact entry. A case is measured once.
     """
+    if str(case) not in _measured:
+        _measured[str(case)] = _measure(case)
+    return _measured[str(case)]
+
+
+def _measure(case: Case) -> dict[str, float]:
     model = case.build()
     in_double(model)
     comparison = Comparison(model.policy)

@@ -5,26 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.sb3.cases import CASES, Case
-from tests.sb3.exactness import TOLERANCE, output_errors
-
-#: Where it is not, and why.
-ONE_STD = (
-    "one standard deviation per feature stands for all actions, so log_std is not at the output: a matrix of ones mixes"
-)
-SHARED = (
-    "SAC's action is used by the log-probability and by the critic: operations along the last dimension are not joined "
-    "with those whose results others use too"
-)
-MASKED = "the masked logits are normalised twice, and the engine does not join two mixing operations across a mask"
-
-
-def inexact(case: Case) -> str | None:
-    name = str(case)
-    if name == "PPO-Box-gSDE-one-std-per-feature":
-        return ONE_STD
-    if name.startswith(("SAC", "TQC", "CrossQ")):
-        return SHARED
-    return MASKED if name.startswith("MaskablePPO") else None
+from tests.sb3.exactness import TOLERANCE, inexact, output_errors
 
 
 def marked(case: Case) -> object:

@@ -1,0 +1,81 @@
+"""The table of what works with which algorithm, for the documentation.
+
+    python -m tests.sb3.compatibility --write docs/reinforcement_learning.md
+
+runs every case of :mod:`.cases` in float64 and replaces the text between the page's markers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from tests.sb3.cases import CASES, Case
+from tests.sb3.exactness import TOLERANCE, inexact, output_errors
+
+PAGE = Path(__file__).parents[2] / "docs" / "reinforcement_learning.md"
+START, END = "<!-- generated: compatibility -->", "<!-- end -->"
+HEAD = [
+    "| algorithm | actions | runs | settings | exact at the output | largest relative error |",
+    "|---|---|---|---|---|---|",
+]
+NOTES = {"TRPO": "critic only"}
+#: What cannot run, by algorithm and actions, and why.
+IMPOSSIBLE = {("RecurrentPPO", "MultiBinary"): "no: sb3-contrib's own policy fails"}
+
+
+def table() -> str:
+    """A row for every algorithm and action space, from runs of its cases."""
+    rows: dict[tuple[str, str], list[Case]] = {}
+    for case in CASES:
+        rows.setdefault((case.algorithm.__name__, case.actions), []).append(case)
+    lines = [*HEAD]
+    for (algorithm, actions), cases in rows.items():
+        errors = {case.setting: max(output_errors(case).values()) for case in cases}
+        wrong = {setting: error for setting, error in errors.items() if not error < TOLERANCE}
+        exact = "yes" if not wrong else "no" if len(wrong) == len(errors) else f"except {_listed(wrong)}"
+        right = max((error for setting, error in errors.items() if setting not in wrong), default=0.0)
+        measured = [f"{right:.0e}"] if len(wrong) < len(errors) else []
+        measured += [f"{setting or 'plain'} {error:.1e}" for setting, error in wrong.items()]
+        runs = f"yes ({NOTES[algorithm]})" if algorithm in NOTES else "yes"
+        lines.append(f"| {algorithm} | {actions} | {runs} | {_listed(errors)} | {exact} | {', '.join(measured)} |")
+    lines += [f"| {algorithm} | {actions} | {why} | | | |" for (algorithm, actions), why in IMPOSSIBLE.items()]
+    reasons = {reason: None for case in CASES if (reason := inexact(case))}
+    return "\n".join([*lines, "", *(f"- Not exact: {reason}." for reason in reasons)]).rstrip() + "\n"
+
+
+def _listed(settings: Iterable[str]) -> str:
+    return ", ".join(setting or "plain" for setting in settings)
+
+
+def without_measurements(text: str) -> str:
+    """The table's rows without their last column, whose last digits differ between machines."""
+    return re.sub(r"[^|\n]*\|$", "|", text, flags=re.MULTILINE)
+
+
+def on_page(page: Path = PAGE) -> str:
+    """The table as the page has it."""
+    found = re.search(f"{START}\n(.*?){END}", page.read_text(), flags=re.DOTALL)
+    if found is None:
+        raise ValueError(f"{page} has no text between {START} and {END}")
+    return found[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, help="page whose table is replaced; without it the table is printed")
+    page = parser.parse_args().write
+    torch.set_num_threads(1)
+    text = table()
+    if page is None:
+        print(text)  # noqa: T201
+    else:
+        page.write_text(page.read_text().replace(on_page(page), text))
+
+
+if __name__ == "__main__":
+    main()
