@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from approximation_report import draw_against_cost, draw_by_setting, tables
+from approximation_pictures import draw_against_cost, draw_by_setting
+from approximation_report import tables
 from estimators import ESTIMATORS, Diagonals, exact
 from journal import Journal, arguments, environment, rounded, save, settle, write_block
 from steps import Steps
@@ -95,7 +96,7 @@ class Amount:
 
     paper_seeds: int = 40
     paper_samples: int = 1000
-    seeds: int = 10
+    seeds: int = 5
     batches: int = 100
     large_batches: int = 10
     seconds: float = 20.0  # of timing, for each network
@@ -178,7 +179,8 @@ def figures(layers: list[Tensor]) -> list[list[float]]:
 def run(amount: Amount, folder: Path) -> dict[str, Any]:
     """Run what is not done yet, and return the results of the study."""
     torch.set_num_threads(1)
-    journal = Journal(folder / "runs.jsonl", {"amount": vars(amount), "estimators": [*ESTIMATORS], "epochs": EPOCHS})
+    identity = {name: vars(amount)[name] for name in ("paper_samples", "batches", "large_batches")}
+    journal = Journal(folder / "runs.jsonl", identity | {"estimators": [*ESTIMATORS], "epochs": EPOCHS})
     keys = [
         (setting, seed)
         for setting in SETTINGS

@@ -39,6 +39,7 @@ from benchmarks.timing import Ratio, peak_bytes, ratios
 RESULTS = "examples/paper/results/computational_cost.json"
 PICTURE = "docs/computational_cost.png"
 ESTIMATES = ["gradient", *RECURSIONS, "GGN, 1 sample", "GGN, exact", "Hutchinson, 1 probe"]
+SECONDS, QUICK_SECONDS = 4.0, 1.0  # of timing for each table and network
 GGN_LIMIT = 10_000_000  # classes x samples x units of all layers: the numbers that exact GGN holds at once
 
 
@@ -136,7 +137,7 @@ def run(quick: bool, folder: Path) -> dict[str, Any]:
     """Measure what is not done yet, and return the results of the study."""
     torch.set_num_threads(1)
     workloads = [one for one in WORKLOADS if one not in DEEP or one.size <= 16] if quick else WORKLOADS
-    seconds = 1.0 if quick else 4.0
+    seconds = QUICK_SECONDS if quick else SECONDS
     journal = Journal(folder / "runs.jsonl", {"seconds": seconds, "estimates": ESTIMATES})
     for workload in tqdm(workloads, desc="networks", unit="network"):
         if str(workload) not in journal.runs:

@@ -4,27 +4,23 @@ import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from approximation_report import MUTED, plain, prepare
-from approximation_report import save as save_picture
 from journal import table
 from matplotlib.axes import Axes
+from pictures import BLUE, GREEN, MUTED, ORANGE, PURPLE, SKY, plain, prepare, save
 
 Results = dict[str, Any]
 # What the paper reports over a step of Adam.
 PUBLISHED = {"HesScale, bare update": 2.2, "HesScaleGN, bare update": 1.3, "Hutchinson, 1 probe, bare update": 3.6}
 STYLES: dict[str, dict[str, Any]] = {
-    "HesScale": {"color": "#0072b2", "marker": "o", "linewidth": 2.2},
-    "HesScale, rank one": {"color": "#56b4e9", "marker": "o", "linewidth": 1.8},
-    "HesScaleGN": {"color": "#0072b2", "marker": "D", "linewidth": 1.4, "linestyle": (0, (4, 2))},
-    "BL89": {"color": "#aa4499", "marker": "v", "linewidth": 1.4},
-    "GGN, 1 sample": {"color": "#d55e00", "marker": "s", "linewidth": 1.8, "linestyle": (0, (4, 2))},
-    "GGN, exact": {"color": "#d55e00", "marker": "s", "linewidth": 1.8},
-    "Hutchinson, 1 probe": {"color": "#009e73", "marker": "^", "linewidth": 1.8},
-    "Adam": {"color": "#77778a", "marker": "P", "linewidth": 1.4},
+    "HesScale": {"color": BLUE, "marker": "o", "linewidth": 2.2},
+    "HesScale, rank one": {"color": SKY, "marker": "o", "linewidth": 1.8},
+    "HesScaleGN": {"color": BLUE, "marker": "D", "linewidth": 1.4, "linestyle": (0, (4, 2))},
+    "BL89": {"color": PURPLE, "marker": "v", "linewidth": 1.4},
+    "GGN, 1 sample": {"color": ORANGE, "marker": "s", "linewidth": 1.8, "linestyle": (0, (4, 2))},
+    "GGN, exact": {"color": ORANGE, "marker": "s", "linewidth": 1.8},
+    "Hutchinson, 1 probe": {"color": GREEN, "marker": "^", "linewidth": 1.8},
+    "Adam": {"color": MUTED, "marker": "P", "linewidth": 1.4},
 }
 
 
@@ -157,7 +153,7 @@ def draw(results: Results, path: Path) -> None:
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False, fontsize=10)
     figure.tight_layout(rect=(0, 0.05, 1, 0.92), w_pad=1.5)
-    save_picture(figure, path)
+    save(figure, path)
 
 
 def left_out(results: Results) -> str:

@@ -32,9 +32,9 @@ from hesscale_lightning.optim import AdaHesScale
 
 RESULTS = "examples/paper/results/rank_one_training.json"
 STEPS, BATCH = 400, 64
-RATES = (3e-3, 1e-2, 3e-2, 1e-1)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 DEFAULT = 1e-2
-POINTS = tuple(range(260, STEPS + 1, 10))  # steps at which the loss is measured
+POINTS = tuple(range(260, STEPS + 1, 20))  # steps at which the loss is measured
 METHODS = ("hesscale", "hesscale_rank1")
 QUANTILE = 2.093  # of Student's t: 95 % for twenty seeds
 BUDGETS = {"steps": "equal steps", "time": "equal time"}
