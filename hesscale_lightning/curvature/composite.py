@@ -7,7 +7,9 @@ loss downwards, an elementwise operation (see :mod:`.elementwise`) with two want
    nothing outside the composite uses their result and no ``t()`` lies in between. If two paths meet in what was taken
    in, what lies on the way to a meeting is joined, down to the one tensor where all paths have met if there is one.
 2. If no paths meet there, they may meet below operations whose results others use as well. Elementwise operations of
-   that kind are then joined too, but only those on the way to a meeting.
+   that kind are then joined too, but only those on the way to a meeting. If paths do meet but leave several sources,
+   paths from two of these may still meet below such operations, as in the log-probability of an action that a critic
+   judges too; then what lies on the way there is joined as well.
 3. A composite that mixes the entries of a row leaves a Hessian at its sources that is not diagonal. That does not
    matter above a linear layer, where HesScale approximates anyway, but it does above another mixing operation: an
    entropy stands on normalised logits, and these on the network's output. So the composite reaches on through that
@@ -121,11 +123,14 @@ class Joiner:
                     self._consumers[child].append(user)
         if not rule.reduces:
             taken = self._meeting(position, self._joins)
-            if any(self._is_row(member) for member in taken):
-                composite = self._described(self._through_mixing(taken, position), position)
-                if composite is not None:
-                    return composite
-        taken = self._meeting(position, self._is_elementwise) or self._meeting_of_shared(position)
+            wider = self._widened(taken, position, self._joins)
+            for members in (wider, taken) if len(wider) > len(taken) else (taken,):
+                if any(self._is_row(member) for member in members):
+                    composite = self._described(self._through_mixing(members, position), position)
+                    if composite is not None:
+                        return composite
+        taken = self._meeting(position, self._is_elementwise)
+        taken = self._widened(taken, position, self._is_elementwise) or self._meeting_of_shared(position)
         return self._described(taken, position) if taken else None
 
     # -- what may be joined
@@ -194,6 +199,35 @@ class Joiner:
             if met and len(open_ends) == 1:
                 return self._on_the_way(ordered[: k + 1])
         return self._on_the_way(ordered) if met else []
+
+    def _widened(self, taken: list[int], end: int, joins: Callable[[int, int], bool]) -> list[int]:
+        """``taken``, and what lies between its sources and a tensor in which paths from two of them meet."""
+        nodes, index, edges = self._found.nodes, self._found.index, self._found.edges
+
+        def wanted_below(position: int) -> list[Edge]:
+            return [edge for edge in edges[nodes[position]] if index[edge[0]] >= 0]
+
+        sources = {edge for member in taken for edge in wanted_below(member) if index[edge[0]] not in taken}
+        if len(sources) < 2:
+            return taken
+        reached: Counter[Edge] = Counter()  # by how many of the sources
+        passed: set[int] = set()
+        for source in sources:
+            seen = [source]
+            for edge in seen:
+                position = index[edge[0]]
+                if position in passed or (self._is_plain(position) and joins(position, end)):
+                    passed.add(position)
+                    seen += [below for below in wanted_below(position) if below not in seen]
+                if len(seen) > _MOST_MEMBERS:
+                    return taken
+            reached.update(seen)
+        between: set[int] = set()
+        for position in sorted(passed, reverse=True):
+            if any(reached[edge] > 1 or index[edge[0]] in between for edge in wanted_below(position)):
+                between.add(position)
+        members = self._on_the_way([*taken, *between])
+        return members if len(members) <= _MOST_MEMBERS else taken
 
     def _meeting_of_shared(self, position: int) -> list[int]:
         """As :meth:`_meeting`, of elementwise operations whose results others may use; only those on the way."""

@@ -32,6 +32,8 @@ operation. Which are joined is part of its definition:
   mixes the entries of a row, that one is taken in as well, even if others use its value.
 - If no paths meet in what only serves the meeting point, elementwise operations are taken in though others use their
   values.
+- If paths do meet there, but what is joined still uses two values or more, paths from two of these may meet further
+  down in operations that could be taken in if nothing else used their values. Then those on the way there are taken in.
 - An operation that others use as well is carried a second time on its own, with what arrives from these.
 - Only what lies on the way to a value that is used twice is kept.
 - The joined function's variables are the values that it uses from outside. ``x`` and ``x.t()`` are two variables, but
@@ -80,7 +82,9 @@ ELEMENTWISE = _words(
 MEETING_LOSSES = {"binary_cross_entropy", "binary_cross_entropy_with_logits"}
 
 #: Operations that may be joined where they work along the last dimension.
-ROW_WISE = _words("sum mean logsumexp _softmax _log_softmax gather max min var std unsqueeze squeeze expand")
+ROW_WISE = _words(
+    "sum mean logsumexp _softmax _log_softmax gather max min var std unsqueeze squeeze expand where masked_fill"
+)
 
 #: Operations that only rearrange, select from, or cast one tensor: a parameter behind them is still a parameter.
 VIEWS = _words(
@@ -184,9 +188,14 @@ class Row:
 
 def row_of(op: Operation) -> Row | None:
     """None for an operation that does not work along the last dimension."""
-    if op.on_part or op.name not in ROW_WISE:
+    name = op.name.removesuffix("_")
+    if op.on_part or name not in ROW_WISE:
         return None
     before, after, arguments = op.inputs[0].saved.shape, op.outputs[0].saved.shape, op.arguments
+    if name in ("where", "masked_fill"):  # where a mask replaces some entries of one tensor
+        other = arguments["other" if name == "where" else "value"]
+        fixed = not other.requires_grad if name == "where" else not isinstance(other, Tensor)
+        return Row(None, False) if len(op.inputs) == 1 and fixed and before == after else None
     if op.name == "expand":
         return Row(None, False) if len(before) == len(after) else None
     dims = arguments.get("dim")
@@ -424,12 +433,13 @@ class _Sweep:
         if not (meeting.elementwise or meeting.name in MEETING_LOSSES) or len(self.variables(meeting)) < 2:
             return None
         if meeting.elementwise:
-            members = self._private(meeting, rows=True)
-            if any(row_of(op) for op in members):
-                members = self._through_mixing(members, meeting)
-                if self._line_up(members):
-                    return self._described(meeting, members)
-        members = self._private(meeting, rows=False) or self._shared(meeting)
+            private = self._private(meeting, rows=True)
+            for members in (self._widened(private, meeting, rows=True), private):
+                if any(row_of(op) for op in members):
+                    members = self._through_mixing(members, meeting)
+                    if self._line_up(members):
+                        return self._described(meeting, members)
+        members = self._widened(self._private(meeting, rows=False), meeting, rows=False) or self._shared(meeting)
         return self._described(meeting, members) if members else None
 
     def _described(self, meeting: Operation, members: set[Operation]) -> Joined:
@@ -474,6 +484,25 @@ class _Sweep:
             if op in reached:
                 reached.update(maker for maker in self.below(op) if maker in taken and maker is not neck)
         return reached
+
+    def _widened(self, members: set[Operation], meeting: Operation, rows: bool) -> set[Operation]:
+        """``members``, and what lies between two values that they use and one in which paths from both meet."""
+        outside = {v for op in members for v in self.variables(op) if v[0].producer not in members}
+        reached: dict[Variable, set[Variable]] = {}  # from which of these values
+        passed: set[Operation] = set()
+        for start in outside:
+            seen = [start]
+            for v in seen:
+                reached.setdefault(v, set()).add(start)
+                op = v[0].producer
+                if op is not None and self._may_join(op, meeting, rows):
+                    passed.add(op)
+                    seen += [w for w in self.variables(op) if w not in seen]
+        between: set[Operation] = set()
+        for op in reversed(self.order):
+            if op in passed and any(len(reached[v]) > 1 or v[0].producer in between for v in self.variables(op)):
+                between.add(op)
+        return self._on_the_way(members | between)
 
     def _shared(self, meeting: Operation) -> set[Operation]:
         """Elementwise operations on the way to where paths meet, though others use their results."""

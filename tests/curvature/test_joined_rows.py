@@ -14,6 +14,7 @@ from tests.curvature import slow
 from tests.curvature.slow import Recording
 from tests.curvature.test_random_graphs import METHODS, agree, diagonals
 
+ROW = torch.tensor([[0.5, -1.0, 0.2], [-0.3, 0.1, 0.4], [1.0, 0.7, -0.2]], dtype=torch.float64)
 Case = tuple[Callable[..., Tensor], list[tuple[int, ...]]]
 CASES: dict[str, Case] = {
     "x and its sum without a last dimension": (lambda x: (x.sum(0) * x).square().sum(), [(3,)]),
@@ -53,6 +54,39 @@ CASES: dict[str, Case] = {
     "entropy of rows": (
         lambda x: ((w := x - x.logsumexp(1, keepdim=True)).exp() * w).sum(),
         [(3, 3)],
+    ),
+    "a mask between two normalisations": (
+        lambda x: (
+            ((w := (x.log_softmax(-1) + 0).masked_fill(ROW > 0, -1.0)) - w.logsumexp(-1, keepdim=True)).exp().sum()
+        ),
+        [(3, 3)],
+    ),
+    "a mask that broadcasts its tensor": (
+        lambda x: (torch.where(ROW > 0, x * x.tanh(), 1.0) * x.sum(-1, keepdim=True)).square().sum(),
+        [(3,)],
+    ),
+    "a mask between two tensors": (
+        lambda x, y: ((w := torch.where(ROW > 0, x, y)) * w.softmax(-1)).sum().exp(),
+        [(3, 3), (3, 3)],
+    ),
+    "paths that meet again below a value that others use": (
+        lambda x, y: (
+            (
+                (v := y.exp()).log() * v.square() - ((u := x + 0.3 * v) - x).square().sum(-1, keepdim=True) * u.sin()
+            ).sum()
+            + u.square().square().sum()
+        ),
+        [(3, 3), (3, 3)],
+    ),
+    "a squashed sample that a critic judges too": (
+        lambda x, y: (
+            (
+                ((u := x + 0.3 * (v := y.exp())) - x).square().div(2 * v.square()).add(v.log()).sum(-1)
+                - (1.1 - (a := u.tanh()).square()).log().sum(-1)
+            ).sum()
+            + (a @ ROW).square().sum()
+        ),
+        [(3, 3), (3, 3)],
     ),
 }
 

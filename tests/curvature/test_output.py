@@ -40,22 +40,37 @@ def ppo(distribution: torch.distributions.Distribution, action: Tensor, entropy:
     return clipped_surrogate(distribution.log_prob(action)) - entropy * distribution.entropy().mean()
 
 
-def masked_categorical(z: Tensor) -> Tensor:
-    """As sb3-contrib's MaskableCategorical computes it."""
-    logits = torch.where(MASK, z, torch.tensor(-1e8, dtype=z.dtype))
+def masked_categorical(z: Tensor, fill: bool = False) -> Tensor:
+    """As sb3-contrib's MaskableCategorical computes it from normalised logits."""
+    logits = z.masked_fill(~MASK, -1e8) if fill else torch.where(MASK, z, torch.tensor(-1e8, dtype=z.dtype))
     distribution = Categorical(logits=logits)
     p_log_p = distribution.logits * distribution.probs
     entropy = -torch.where(MASK, p_log_p, torch.tensor(0.0, dtype=z.dtype)).sum(-1)
     return clipped_surrogate(distribution.log_prob(ACTION)) - 0.3 * entropy.mean()
 
 
-def squashed(mean: Tensor, log_std: Tensor) -> Tensor:
-    """SAC's actor without its critic: the log-probability of its own reparameterised sample, squashed."""
+def squashed(mean: Tensor, log_std: Tensor, critic: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """SAC's actor: the log-probability of its own reparameterised sample, squashed, and what a critic says of it."""
     std = log_std.clamp(-20, 2).exp()
     distribution = Normal(mean, std)
     u = mean + std * NOISE
-    log_prob = distribution.log_prob(u).sum(1) - torch.log(1 - torch.tanh(u) ** 2 + 1e-6).sum(1)
-    return (0.2 * log_prob).mean()
+    action = torch.tanh(u)
+    log_prob = distribution.log_prob(u).sum(1) - torch.log(1 - action**2 + 1e-6).sum(1)
+    return (0.2 * log_prob).mean() if critic is None else (0.2 * log_prob - critic(action)).mean()
+
+
+def generalised(mean: Tensor, log_std: Tensor) -> Tensor:
+    """The same, as Stable-Baselines3's state-dependent exploration computes it: from the squashed action."""
+    noise = NOISE * log_std.exp().detach()
+    action = torch.tanh(mean + noise)
+    kept = action.clamp(-1 + 1e-15, 1 - 1e-15)
+    u = 0.5 * (kept.log1p() - (-kept).log1p())
+    log_prob = Normal(mean, (log_std.exp() ** 2 + 1e-6).sqrt()).log_prob(u).sum(1)
+    return (0.2 * (log_prob - torch.log(1 - torch.tanh(u) ** 2 + 1e-6).sum(1)) - piecewise_linear(action)).mean()
+
+
+def piecewise_linear(action: Tensor) -> Tensor:
+    return F.linear(F.relu(F.linear(action, TARGET[:, :K])), SAMPLE[:1, :1].expand(1, B)).squeeze(1)
 
 
 def hand_softmax(z: Tensor) -> Tensor:
@@ -99,6 +114,8 @@ HEADS = [
         lambda d: -(d.log_prob(ACTION) * ADVANTAGE + 0.1 * d.entropy()).mean())(Categorical(logits=z))),
     Head("categorical by probabilities", lambda z: ppo(Categorical(probs=z.softmax(-1)), ACTION)),
     Head("masked categorical", masked_categorical),
+    Head("masked categorical, normalised twice", lambda z: masked_categorical(Categorical(logits=z).logits)),
+    Head("masked by filling, normalised twice", lambda z: masked_categorical(Categorical(logits=z).logits, fill=True)),
     Head("entropy of log_softmax", lambda z: -(z.log_softmax(-1).exp() * z.log_softmax(-1)).sum(-1).mean()),
     Head("entropy of softmax by hand", lambda z: -(z.softmax(-1) * z.log_softmax(-1)).sum(-1).mean()),
     Head("discrete SAC", lambda z: (z.softmax(-1) * (0.2 * z.log_softmax(-1) - TARGET)).sum(-1).mean()),
@@ -110,6 +127,8 @@ HEADS = [
     Head("gaussian with softplus sigma", lambda m, s: ppo(Independent(Normal(m, F.softplus(s) + 0.1), 1), SAMPLE), ((B,
     K), (B, K))), Head("gaussian nll", lambda m, s: F.gaussian_nll_loss(m, TARGET, s.exp()), ((B, K), (B, K))),
     Head("squashed gaussian of its own sample", squashed, ((B, K), (B, K))),
+    Head("squashed gaussian under a critic", lambda m, s: squashed(m, s, piecewise_linear), ((B, K), (B, K))),
+    Head("state-dependent exploration", generalised, ((B, K), (B, K))),
     Head("laplace", lambda m, s: ppo(Independent(Laplace(m, s.exp()), 1), SAMPLE), ((B, K), (B, K))),
     Head("student t", lambda d, m, s: clipped_surrogate(
         StudentT(d.exp() + 1, m, s.exp()).log_prob(SAMPLE[:, 0])), ((B,), (B,), (B,))),

@@ -175,3 +175,18 @@ def expand(op: Operation) -> RowOperation | None:
     if len(before) != len(after):
         return None
     return RowOperation(lambda x: x, None, False)
+
+
+@row_wise("WhereBackward0", "MaskedFillBackward0")
+def mask(op: Operation) -> RowOperation | None:
+    """``y = x`` where a mask lets it through, else what is fixed."""
+    if True in op.needs[1:] or op.input_shape(0) != op.output_shape():
+        return None
+    node, dtype = op.node, carried(op.input_meta(0)[0])
+    opens = node.name() == "WhereBackward0"
+    saved = node._saved_condition if opens else node._saved_mask
+
+    def apply(x: Taylor, passed: Symbol) -> Taylor:
+        return Taylor(scaled(x.first, passed), scaled(x.second, passed))
+
+    return RowOperation(apply, None, False, lambda: ((saved if opens else ~saved).to(dtype),))
