@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -35,21 +34,22 @@ def table() -> str:
         rows.setdefault((case.algorithm.__name__, case.actions), []).append(case)
     lines = [*HEAD]
     for (algorithm, actions), cases in rows.items():
-        errors = {case.setting: max(output_errors(case).values()) for case in cases}
-        wrong = {setting: error for setting, error in errors.items() if not error < TOLERANCE}
-        exact = "yes" if not wrong else "no" if len(wrong) == len(errors) else f"except {_listed(wrong)}"
-        right = max((error for setting, error in errors.items() if setting not in wrong), default=0.0)
-        measured = [f"{right:.0e}"] if len(wrong) < len(errors) else []
-        measured += [f"{setting or 'plain'} {error:.1e}" for setting, error in wrong.items()]
+        right: list[float] = []
+        wrong: dict[str, float] = {}
+        for case in cases:
+            for output, error in output_errors(case).items():
+                if error < TOLERANCE:
+                    right.append(error)
+                else:
+                    wrong[f"{output} with {case.setting or 'plain options'}"] = error
+        exact = f"except {', '.join(wrong)}" if wrong else "yes"
+        measured = [f"{max(right):.0e}", *(f"{output}: {error:.1f}" for output, error in wrong.items())]
         runs = f"yes ({NOTES[algorithm]})" if algorithm in NOTES else "yes"
-        lines.append(f"| {algorithm} | {actions} | {runs} | {_listed(errors)} | {exact} | {', '.join(measured)} |")
+        settings = ", ".join(case.setting or "plain" for case in cases)
+        lines.append(f"| {algorithm} | {actions} | {runs} | {settings} | {exact} | {', '.join(measured)} |")
     lines += [f"| {algorithm} | {actions} | {why} | | | |" for (algorithm, actions), why in IMPOSSIBLE.items()]
     reasons = {reason: None for case in CASES if (reason := inexact(case))}
     return "\n".join([*lines, "", *(f"- Not exact: {reason}." for reason in reasons)]).rstrip() + "\n"
-
-
-def _listed(settings: Iterable[str]) -> str:
-    return ", ".join(setting or "plain" for setting in settings)
 
 
 def without_measurements(text: str) -> str:
@@ -74,7 +74,7 @@ def main() -> None:
     if page is None:
         print(text)  # noqa: T201
     else:
-        page.write_text(page.read_text().replace(on_page(page), text))
+        page.write_text(page.read_text().replace(f"{START}\n{on_page(page)}{END}", f"{START}\n{text}{END}"))
 
 
 if __name__ == "__main__":
