@@ -26,14 +26,17 @@ class OptimizerDefaults:
     Attributes:
         method: curvature estimate, as for :func:`hesscale_lightning.attach`.
         optimizer_kwargs: AdaHesScale's options.
+        critic: Those that are different for the critic: its loss has the scale of the squared returns, the actor's that
+            of the advantages.
     """
 
     method: Method
-    optimizer_kwargs: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    optimizer_kwargs: Mapping[str, Any]
+    critic: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
-PPO = OptimizerDefaults("hesscale", {"lr_scale": 10.0, "eps": 1e-5, "delta": 1e-4})
-A2C = OptimizerDefaults("hesscale_gn", {"lr_scale": 10.0, "eps": 1e-5, "delta": 1e-4})
+PPO = OptimizerDefaults("hesscale_gn", {"lr_scale": 3.0, "eps": 1e-5, "delta": 1e-5}, critic={"delta": 1e-3})
+A2C = OptimizerDefaults("hesscale_gn", {"lr_scale": 1.0, "eps": 1e-5, "delta": 1e-5}, critic={"delta": 1e-3})
 DQN = OptimizerDefaults("hesscale", {"lr_scale": 10.0, "eps": 1e-5})
 ACTOR_CRITIC_OFF_POLICY = OptimizerDefaults("hesscale", {"lr_scale": 10.0, "eps": 1e-5})
 
@@ -58,12 +61,22 @@ def injected_by_qrdqn(optimizer_class: type[Optimizer] | None, optimizer_kwargs:
     return any(abs(batch_size / 2**k - 1) < 1e-9 for k in range(16))
 
 
-def resolve(
-    optimizer_class: Any, optimizer_kwargs: Mapping[str, Any] | None, defaults: OptimizerDefaults
-) -> tuple[Any, dict[str, Any] | None]:
-    """The optimizer to build: AdaHesScale with the defaults under the user's options, or what the user chose."""
+@dataclass(frozen=True)
+class Resolved:
+    """The optimizer to build, and what the critic's param group sets apart from the rest."""
+
+    optimizer_class: Any
+    optimizer_kwargs: dict[str, Any] | None
+    critic: dict[str, Any]
+
+
+def resolve(optimizer_class: Any, optimizer_kwargs: Mapping[str, Any] | None, defaults: OptimizerDefaults) -> Resolved:
+    """AdaHesScale with the defaults under the user's options, or what the user chose."""
     if optimizer_class is None:
         optimizer_class = AdaHesScale
-    if optimizer_class is AdaHesScale:
-        return optimizer_class, {**defaults.optimizer_kwargs, **(optimizer_kwargs or {})}
-    return optimizer_class, None if optimizer_kwargs is None else dict(optimizer_kwargs)
+    if optimizer_class is not AdaHesScale:
+        return Resolved(optimizer_class, None if optimizer_kwargs is None else dict(optimizer_kwargs), {})
+    chosen = dict(optimizer_kwargs or {})
+    # An option that the user sets for all networks is meant for the critic too.
+    critic = {name: value for name, value in defaults.critic.items() if name not in chosen}
+    return Resolved(optimizer_class, {**defaults.optimizer_kwargs, **chosen}, critic)

@@ -68,14 +68,15 @@ class HesScaleMixin(BasePolicy):
         injected = self._defaults_if_injected(optimizer_class, optimizer_kwargs)
         if injected is not None:
             start, optimizer_class, optimizer_kwargs = injected, None, None
-        optimizer_class, optimizer_kwargs = defaults.resolve(optimizer_class, optimizer_kwargs, start)
+        resolved = defaults.resolve(optimizer_class, optimizer_kwargs, start)
         method = start.method if method is None else method
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-        super().__init__(*args, optimizer_class=optimizer_class, optimizer_kwargs=optimizer_kwargs, **kwargs)
+        kwargs.update(optimizer_class=resolved.optimizer_class, optimizer_kwargs=resolved.optimizer_kwargs)
+        super().__init__(*args, **kwargs)
         self._network_options = {
             "actor": dict(actor_optimizer_kwargs or {}),
-            "critic": dict(critic_optimizer_kwargs or {}),
+            "critic": {**resolved.critic, **(critic_optimizer_kwargs or {})},
             "features": dict(features_optimizer_kwargs or {}),
         }
         self._group_by_network()
