@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from hesscale_lightning.curvature.composite import Joiner
-from hesscale_lightning.curvature.engine import root_of, wanted_tensors
+from hesscale_lightning.curvature.engine import Method, cells_of, root_of, wanted_tensors
 from hesscale_lightning.curvature.graph import AccumulateGrad, Node, Trace, trace
+from hesscale_lightning.curvature.plan import Output, make_plan
+from hesscale_lightning.curvature.rank_one import recipe_for
 from hesscale_lightning.curvature.registry import Operation, Rule, UnsupportedOperationError, find_rule, no_rule
 
 Status = Literal["exact", "approximate", "unsupported"]
@@ -39,6 +41,21 @@ class Entry:
     reason: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Refined:
+    """What becomes of the rank-one part of the output's Hessian at one operation.
+
+    Attributes:
+        operation: The autograd node's name.
+        status: ``"begins"``, ``"ends"`` or ``"approximate"``.
+        reason: Why it ends or is approximate.
+    """
+
+    operation: str
+    status: Literal["begins", "ends", "approximate"]
+    reason: str = ""
+
+
 @dataclass(frozen=True)
 class CoverageReport:
     """Every operation between a loss and the wanted parameters; prints as a table.
@@ -46,10 +63,13 @@ class CoverageReport:
     Attributes:
         entries: In the order of backward.
         unreached: How many of the wanted tensors the loss does not lead to.
+        refinement: For ``method="hesscale_rank1"``, in the order of backward: where the rank-one part begins to ride on
+            the gradient, where and why it ends and plain HesScale goes on, and where it is approximate.
     """
 
     entries: tuple[Entry, ...]
     unreached: int = 0
+    refinement: tuple[Refined, ...] | None = None
 
     @property
     def supported(self) -> bool:
@@ -72,32 +92,41 @@ class CoverageReport:
         return tuple(entry for entry in self.entries if entry.status == "unsupported")
 
     def __str__(self) -> str:
-        rows = [("status", "operation", "times", "why")]
-        counts = Counter((e.status, e.operation, e.reason) for e in self.entries)
         order = {"unsupported": 0, "approximate": 1, "exact": 2}
-        for (status, operation, reason), count in sorted(
-            counts.items(), key=lambda item: (order[item[0][0]], item[0][1:])
-        ):
-            rows.append((status, operation, str(count), reason))
-        widths = [max(len(row[k]) for row in rows) for k in range(3)]
-        lines = [
-            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in rows
-        ]
-        lines.insert(1, "-" * max(len(line) for line in lines))
+        lines = _table(self.entries, order)
         lines.append(
             f"{len(self.exact)} exact, {len(self.approximate)} approximate, {len(self.unsupported)} unsupported"
             + (f"; {self.unreached} of the wanted tensors are not reached" if self.unreached else "")
         )
         lines.append("exact: passes on all that arrives; what mixing operations make off the diagonal is dropped")
+        if self.refinement is not None:
+            lines += ["", "rank-one part along the gradient:"]
+            lines += _table(self.refinement, {"begins": 0, "approximate": 1, "ends": 2})
+            if not any(entry.status == "begins" for entry in self.refinement):
+                lines.append("it begins nowhere: this is plain HesScale")
         return "\n".join(lines)
 
 
-def coverage(loss: Tensor, params: Iterable[Tensor] | None = None) -> CoverageReport:
+def _table(entries: Iterable[Entry | Refined], order: dict[str, int]) -> list[str]:
+    rows = [("status", "operation", "times", "why")]
+    counts = Counter((e.status, e.operation, e.reason) for e in entries)
+    for (status, operation, reason), count in sorted(counts.items(), key=lambda item: (order[item[0][0]], item[0][1:])):
+        rows.append((status, operation, str(count), reason))
+    widths = [max(len(row[k]) for row in rows) for k in range(3)]
+    lines = [
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in rows
+    ]
+    return [lines[0], "-" * max(len(line) for line in lines), *lines[1:]]
+
+
+def coverage(loss: Tensor, params: Iterable[Tensor] | None = None, *, method: Method = "hesscale") -> CoverageReport:
     """Reports on every operation between ``loss`` and ``params``, without running backward.
 
     Args:
         loss: As for :func:`~hesscale_lightning.curvature.attach`; its graph is left as it was.
         params: The tensors that are to receive a diagonal; None takes every leaf that requires grad.
+        method: As for ``attach``. With ``"hesscale_rank1"`` the report also says how far that refinement reaches; the
+            rest is HesScale's for every method.
 
     Returns:
         The report. ``print`` it, or ask it for ``unsupported``, ``approximate`` and ``exact``.
@@ -121,14 +150,18 @@ def coverage(loss: Tensor, params: Iterable[Tensor] | None = None) -> CoverageRe
         4 exact, 2 approximate, 0 unsupported
         exact: passes on all that arrives; what mixing operations make off the diagonal is dropped
     """
-    root = root_of(loss, "hesscale")
+    root = root_of(loss, method)
     leaves, inner = wanted_tensors(params)
     found = trace(root, leaves, inner)
     missing = 0 if leaves is None else len(leaves) - found.leaves - sum(found.index.get(n, -1) >= 0 for n, _ in inner)
     if found.index[root] < 0:
         return CoverageReport((), missing)
     with torch.no_grad():
-        return CoverageReport(tuple(_entries(root, found, {node for node, _ in inner})), missing)
+        entries = tuple(_entries(root, found, {node for node, _ in inner}))
+        refinement = None
+        if method == "hesscale_rank1" and not any(entry.status == "unsupported" for entry in entries):
+            refinement = _refinement(root, found, inner)
+        return CoverageReport(entries, missing, refinement)
 
 
 def supported_params(loss: Tensor, params: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -157,6 +190,13 @@ def supported_params(loss: Tensor, params: Iterable[Tensor]) -> tuple[list[Tenso
                 if found.index[child] >= 0:
                     blocked[found.index[child]] = True
     return [p for p in params if id(p) not in behind], [p for p in params if id(p) in behind]
+
+
+def _refinement(root: Node, found: Trace, inner: dict[Output, Tensor]) -> tuple[Refined, ...]:
+    plan = make_plan(root, found, list(inner), "hesscale_rank1")
+    following = [node.next_functions for node in found.nodes]
+    recipe = recipe_for(plan, found.nodes, following, cells_of(plan, found.nodes, inner))
+    return tuple(Refined(plan.steps[note.step].rule.name, note.what, note.why) for note in recipe.notes)
 
 
 def _operation(node: Node, found: Trace, rule: Rule) -> Operation:

@@ -246,7 +246,7 @@ def _armed(
     awaited: list[int] = []
     recipe: Recipe | None = None
     if method == "hesscale_rank1":
-        recipe = recipe_for(plan, nodes, following, _cells(plan, nodes, inner))
+        recipe = recipe_for(plan, nodes, following, cells_of(plan, nodes, inner))
         parts = Parts(recipe.samples, recipe.heads)
     for k, (cell, rule, composite, needs, flips, turns, _, _, inside) in enumerate(plan.steps):
         if composite is not None:
@@ -287,7 +287,7 @@ def _armed(
     attachment._gradients = gradients
     attachment._cells = [None] * plan.cells
     attachment._leaves = [(cell, nodes[cell]) for cell in plan.leaves]
-    attachment._inner = {**attachment._inner, **_cells(plan, nodes, inner)}
+    attachment._inner = {**attachment._inner, **cells_of(plan, nodes, inner)}
 
     ref = weakref.ref(attachment)
     store = gradients.__setitem__
@@ -306,7 +306,7 @@ def _armed(
     return hooks
 
 
-def _cells(plan: Plan, nodes: list[Node], inner: dict[Output, Tensor]) -> dict[int, tuple[Node, Tensor]]:
+def cells_of(plan: Plan, nodes: list[Node], inner: dict[Output, Tensor]) -> dict[int, tuple[Node, Tensor]]:
     """The wanted tensors that are no leaves, and their nodes, by cell."""
     cells = {}
     for (node, output), tensor in inner.items():

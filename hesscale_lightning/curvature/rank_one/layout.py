@@ -40,7 +40,7 @@ ENTRYWISE = frozenset(
     }
 )  # fmt: skip
 
-_PERMUTES = frozenset({"PermuteBackward0", "TransposeBackward0"})
+_PERMUTES = frozenset({"PermuteBackward0", "TransposeBackward0", "TransposeBackward1"})
 
 
 def _acts_from(*names: str) -> Callable[[FirstDim], FirstDim]:
@@ -55,10 +55,13 @@ def _acts_from(*names: str) -> Callable[[FirstDim], FirstDim]:
     "CatBackward0", "CumsumBackward0", "GatherBackward0", "GluBackward0", "IndexSelectBackward0", "KthvalueBackward0",
     "LogSoftmaxBackward0", "MaxBackward0", "MinBackward0", "SafeSoftmaxBackward0", "SelectBackward0", "SliceBackward0",
     "SoftmaxBackward0", "SortBackward0", "SplitBackward0", "SplitWithSizesBackward0", "TopkBackward0",
-    "UnbindBackward0",
+    "UnbindBackward0", "UnsafeSplitBackward0", "UnsafeSplitWithSizesBackward0",
 )  # fmt: skip
 def _along_dim(op: Operation, i: int) -> int | None:
     return signed(op.node._saved_dim) % max(len(op.input_shape(i)), 1)
+
+
+_ONE_DIM = frozenset(_first_dims) | {"StackBackward0"}
 
 
 @_acts_from("StackBackward0")
@@ -183,7 +186,13 @@ def inner_of_input(op: Operation, rule: Rule, i: int, samples: int, inner: int, 
     if first is None or before[:first] != after[:first]:
         return None
     block = math.prod(after[first:])
-    return inner // block * math.prod(before[first:]) if block and inner % block == 0 else None
+    if block and inner % block == 0:
+        return inner // block * math.prod(before[first:])
+    # One dimension is acted along, taken away or put in, and the samples lie behind it.
+    behind = before[first + (len(before) >= len(after)) :]
+    if name in _ONE_DIM and behind == after[first + (len(after) >= len(before)) :]:
+        return inner if math.prod(behind) % (samples * inner) == 0 else None
+    return None
 
 
 def _padded(shape: torch.Size, rank: int) -> torch.Size:
@@ -191,7 +200,7 @@ def _padded(shape: torch.Size, rank: int) -> torch.Size:
 
 
 def _permuted(op: Operation, before: torch.Size, after: torch.Size, samples: int, inner: int) -> int | None:
-    """The dimensions that make up the sample's number must stay together and in order."""
+    """The part of the entries' numbers that counts the samples must stay together and in order."""
     rank = len(after)
     if op.node.name() == "PermuteBackward0":
         order = [signed(d) % rank for d in op.node._saved_dims]
@@ -199,18 +208,25 @@ def _permuted(op: Operation, before: torch.Size, after: torch.Size, samples: int
         order = list(range(rank))
         a, b = signed(op.node._saved_dim0) % rank, signed(op.node._saved_dim1) % rank
         order[a], order[b] = order[b], order[a]
-    # dimensions [start, end) of the output count the samples
-    end = rank
-    while end and math.prod(after[end:]) < inner:
-        end -= 1
-    start = end
-    while start and math.prod(after[start:end]) < samples:
-        start -= 1
-    while start < end and after[start] == 1:
-        start += 1
-    if math.prod(after[end:]) != inner or math.prod(after[start:end]) != samples:
+    # What each dimension of the input is made of, as sizes; those that count samples are numbered from the last.
+    pieces: list[list[tuple[int, int]]] = [[] for _ in range(rank)]
+    behind, number = 1, 0
+    for d in reversed(range(rank)):
+        left = after[d]
+        for limit, counts in ((inner, False), (inner * samples, True), (behind * left, False)):
+            size = 1
+            if limit > behind and left > 1:
+                size = math.gcd(limit // behind, left) if limit % behind == 0 else 0
+                if size != left and behind * size != limit:
+                    return None  # samples begin within this dimension, and not at a divisor of its size
+                number += counts
+                pieces[order[d]].insert(0, (size, number if counts else 0))
+                behind, left = behind * size, left // size
+    flat = [piece for dimension in pieces for piece in dimension]
+    places = [k for k, (_, counts) in enumerate(flat) if counts]
+    if not places or math.prod(flat[k][0] for k in places) != samples:
         return None
-    sources = order[start:end]
-    if sources != list(range(sources[0], sources[0] + len(sources))):
+    found = [flat[k][1] for k in range(places[0], places[-1] + 1)]
+    if found != list(range(number, 0, -1)):
         return None
-    return math.prod(before[sources[-1] + 1 :])
+    return math.prod(size for size, _ in flat[places[-1] + 1 :])

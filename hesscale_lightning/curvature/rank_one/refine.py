@@ -9,13 +9,16 @@ operation above takes the whole, ``d + c g^2``, and all below is plain HesScale.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Sequence
 from typing import Any, Literal, NamedTuple
+
+import torch
 
 from hesscale_lightning.curvature.composite import Composite
 from hesscale_lightning.curvature.graph import AccumulateGrad, Node
 from hesscale_lightning.curvature.plan import Plan, Step
-from hesscale_lightning.curvature.rank_one import layout, steps
+from hesscale_lightning.curvature.rank_one import layout, per_sample, steps
 from hesscale_lightning.curvature.rank_one.steps import Use
 from hesscale_lightning.curvature.registry import Operation
 
@@ -36,6 +39,14 @@ class State(NamedTuple):
     head: int | None = None
 
 
+class Note(NamedTuple):
+    """What is to be said of one step: whether the split begins, ends, or is ``"approximate"`` there, and why."""
+
+    step: int
+    what: Literal["begins", "ends", "approximate"]
+    why: str
+
+
 class Recipe(NamedTuple):
     """What is done differently at each step, for all graphs of one structure and size.
 
@@ -43,13 +54,13 @@ class Recipe(NamedTuple):
         uses: For each step, how it meets the rank-one part, or None where all is as for HesScale.
         samples: For each rank-one part, how many samples it has.
         heads: How many softmaxes there are.
-        notes: Where the split begins, and where and why it ends or is less than exact: number of a step, and text.
+        notes: Where the split begins, and where and why it ends or is less than exact, in the order of backward.
     """
 
     uses: list[Use | None]
     samples: list[int]
     heads: int
-    notes: list[tuple[int, str]]
+    notes: list[Note]
 
 
 ZERO: Any = "no curvature arrives"
@@ -138,7 +149,8 @@ class _Decisions:
         self._samples: list[int] = []
         self._heads = 0
         self._picked: set[int] = set()  # cells of tensors used only by an operation that picks one entry of each row
-        self._notes: list[tuple[int, str]] = []
+        self._notes: list[Note] = []
+        self._users: dict[int, list[int]] = {}  # by leaf, the steps that take the whole to it
 
     def recipe(self) -> Recipe:
         met = [self._visit(step) for step in self._plan.steps]
@@ -146,7 +158,10 @@ class _Decisions:
             self._settled(k, step, use, proposed)
             for k, (step, (use, proposed)) in enumerate(zip(self._plan.steps, met, strict=True))
         ]
-        return Recipe(uses, self._samples, self._heads, self._notes)
+        for users in self._users.values():
+            for k in users[1:]:
+                self._note(k, "approximate", "a parameter is used by several operations: each use is squared by itself")
+        return Recipe(uses, self._samples, self._heads, sorted(self._notes))
 
     # -- first: the states, from the loss downwards
 
@@ -215,19 +230,17 @@ class _Decisions:
         entrywise = layout.is_entrywise(rule) and (not rule.reduces or op.output_shape() == op.input_shape(0))
         if state == DIAGONAL and (entrywise or (rule.view and not steps.picks_one(op))):
             return None, [DIAGONAL] * count
-        if rule.name == "LogSoftmaxBackward0" and self._is_picked(state, op):
+        if rule.name == "LogSoftmaxBackward0" and steps.is_along_last(op) and self._is_picked(state, op.output_shape()):
             return self._softmax(step, op, state.part)
         return self._split(step, op, state, entrywise or rule.view)
 
-    def _is_picked(self, state: State, op: Operation) -> bool:
+    def _is_picked(self, state: State, shape: torch.Size) -> bool:
         """Whether curvature arrives in one entry of each row, so that it is all in the rank-one part."""
-        shape = op.output_shape()
         return (
-            steps.is_along_last(op)
-            and state.part is not None
+            state.part is not None
             and state.kind == "diagonal"
-            and state.inner == shape[-1]
-            and self._samples[state.part] * shape[-1] == shape.numel()
+            and shape[-1:] == (state.inner,)
+            and self._samples[state.part] * state.inner == shape.numel()
         )
 
     def _split(self, step: Step, op: Operation, state: State, keeps: bool) -> tuple[Use | None, list[Any]]:
@@ -250,8 +263,24 @@ class _Decisions:
             found = layout.inner_of_input(op, step.rule, i, self._samples[below], inner) if target >= 0 else None
             proposed.append(PLAIN if found is None else State(below, found, kind))
         outputs = 1 if step.outputs is None else len(step.outputs)
-        kind_of_step: Any = "linear" if linear else "any"
-        return Use(kind_of_step, [False] * len(step.targets), part, [inner] * outputs, made, head), proposed
+        use = Use("linear" if linear else "any", [False] * len(step.targets), part, [inner] * outputs, made, head)
+        return self._of_several(step, op, use), proposed
+
+    def _of_several(self, step: Step, op: Operation, use: Use) -> Use:
+        """Takes note of a weight that a sample uses several times."""
+        part, shape = use.part, op.output_shape()
+        if part is None or use.made is not None:
+            return use
+        samples = self._samples[part]
+        if use.kind == "linear" and shape[0] > samples and step.needs[-1]:
+            inputs = math.prod(op.input_shape(len(step.needs) - 1)) // shape[1]
+            if per_sample.pays(samples, shape[0] // samples, shape[1], inputs):
+                return use._replace(several=True)
+        elif steps.is_convolution(op) and shape[0] == samples and step.needs[1]:
+            inputs = math.prod(op.input_shape(1)) // shape[1]
+            if per_sample.pays(samples, math.prod(shape[2:]), shape[1], inputs):
+                return use._replace(kind="convolution", several=True)
+        return use
 
     def _met_by_composite(self, step: Step, composite: Composite, state: Any) -> tuple[Use | None, list[Any]]:
         plain = [PLAIN] * len(step.targets)
@@ -259,7 +288,7 @@ class _Decisions:
             return None, [DIAGONAL] * len(plain)
         if composite.rowwise and steps.is_log_softmax(composite, [self._nodes[m.position] for m in composite.members]):
             op = self._operation(step.cell, step)
-            if state is ZERO or self._is_picked(state, op):
+            if state is ZERO or self._is_picked(state, op.output_shape()):
                 return self._softmax(step, op, None if state is ZERO else state.part)
         if state is ZERO or state.part is None:
             return None, plain
@@ -287,16 +316,49 @@ class _Decisions:
 
     def _settled(self, k: int, step: Step, use: Use | None, proposed: list[Any]) -> Use | None:
         if use is None:
+            if self._state_of_outputs(step) is ZERO and PLAIN in proposed:
+                self._note(k, "ends", "the Hessian that is made here is neither diagonal nor a softmax's")
             return None
         kept = [
             target >= 0 and isinstance(state, State) and self._states[target] == state
             for target, state in zip(step.targets, proposed, strict=True)
         ]
         taken = [keep or target == -1 for keep, target in zip(kept, step.targets, strict=True)]
+        self._describe(k, step, use, proposed, kept)
         if not any(kept):
             if use.part is None:
                 return None  # what arrives is whole
-            use = use._replace(made=None, head=None, kind="linear" if use.kind == "linear" else "any")
+            use = use._replace(made=None, head=None, kind="any" if "softmax" in use.kind else use.kind)
         elif "softmax" not in use.kind and use.made is None and all(taken):
             return None  # the remainder goes on by the ordinary rule
         return use._replace(kept=taken)
+
+    def _describe(self, k: int, step: Step, use: Use, proposed: list[Any], kept: list[bool]) -> None:
+        if use.made is not None and any(kept):
+            self._note(k, "begins", "")
+        for i, target in enumerate(step.targets):
+            if kept[i] or target < 0:
+                continue
+            if target < self._plan.size and type(self._nodes[target]) is AccumulateGrad:
+                if use.part is not None:
+                    self._users.setdefault(target, []).append(k)
+                    if not use.several and self._is_used_several_times(step, use.part, target):
+                        self._note(k, "approximate", "uses of a parameter within a sample are squared one by one")
+            elif not isinstance(proposed[i], State):
+                self._note(k, "ends", "samples may mix here")
+            elif target in self._outside:
+                self._note(k, "ends", "the curvature of its input is wanted as a whole")
+            else:
+                self._note(k, "ends", "its input is used elsewhere too, and not with the same rank-one part")
+
+    def _is_used_several_times(self, step: Step, part: int, leaf: int) -> bool:
+        """Whether a sample has more outputs than a weight for elements, or more rows than a matrix takes."""
+        shape = self._operation(step.cell, step).output_shape()
+        numbers: int = self._nodes[leaf].variable.numel()
+        of_sample = shape.numel() // max(self._samples[part], 1)
+        if step.rule.bilinear and shape:
+            return of_sample > (shape[1] if len(shape) > 1 else 1)
+        return of_sample > numbers
+
+    def _note(self, k: int, what: Literal["begins", "ends", "approximate"], why: str) -> None:
+        self._notes.append(Note(k, what, why))

@@ -16,8 +16,11 @@ from torch import Tensor
 from hesscale_lightning.curvature.composite import Composite
 from hesscale_lightning.curvature.graph import Node
 from hesscale_lightning.curvature.precision import full, squared
+from hesscale_lightning.curvature.rank_one import per_sample
 from hesscale_lightning.curvature.rank_one.parts import RankOne, SoftmaxHead, of_diagonal, without
+from hesscale_lightning.curvature.rank_one.per_sample import by_sample
 from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, Rule
+from hesscale_lightning.curvature.rules.convolution import of_operands
 from hesscale_lightning.curvature.rules.shape import signed
 
 
@@ -31,14 +34,16 @@ class Use(NamedTuple):
         inners: For each output, how many neighbours belong to a sample.
         made: The part that this step splits off the remainder first, or None.
         head: The softmax that this step is, or that the remainder at its output comes from directly; or None.
+        several: Whether a sample uses the weight several times, and gradients of single samples are taken for it.
     """
 
-    kind: Literal["any", "linear", "softmax", "picked softmax"]
+    kind: Literal["any", "convolution", "linear", "softmax", "picked softmax"]
     kept: list[bool]
     part: int | None
     inners: list[int]
     made: int | None = None
     head: int | None = None
+    several: bool = False
 
 
 class Met(NamedTuple):
@@ -49,6 +54,7 @@ class Met(NamedTuple):
     inners: list[int]
     made: RankOne | None
     head: SoftmaxHead | None
+    several: bool
 
 
 class Parts:
@@ -71,6 +77,7 @@ class Parts:
             use.inners,
             None if made is None else parts[made],
             None if head is None else self._heads[head],
+            use.several,
         )
 
     def formula(self, use: Use, op: Operation, rule: Rule) -> Formula:
@@ -78,6 +85,8 @@ class Parts:
         met = self._met(use)
         if use.kind == "linear":
             return linear(op, rule.name == "AddmmBackward0", met)
+        if use.kind == "convolution":
+            return convolution(op, met)
         if use.kind in ("softmax", "picked softmax"):
             result = op.node._saved_result
             return log_softmax(lambda: full(result).exp(), met, use.kind == "picked softmax")
@@ -210,11 +219,6 @@ def is_linear(op: Operation) -> bool:
     return places[0] is None or not op.needs[0] or op.input_shape(0) == op.output_shape()[1:]
 
 
-def is_convolution(op: Operation) -> bool:
-    """Whether the operation is a convolution of samples in the first dimension."""
-    return False
-
-
 def linear(op: Operation, added: bool, met: Met) -> Formula:
     """``Y = alpha A W + beta b``, with A's remainder ``diag(W H W^T) - c g_A^2`` where a known Hessian H is split here.
 
@@ -236,6 +240,8 @@ def linear(op: Operation, added: bool, met: Met) -> Formula:
     transposed = op.transposed[-1]
     op.transposed[-1] = False
     part, made, inner = met.part, met.made, met.inners[0]
+    if part is not None and made is None and met.several:
+        return _linear_of_several(a, b, alpha, beta, op.needs, transposed, met)
 
     def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
         whole = h if part is None or g is None else part.whole(g, h, inner)
@@ -262,6 +268,39 @@ def linear(op: Operation, added: bool, met: Met) -> Formula:
     return formula
 
 
+def _linear_of_several(
+    a: Tensor, b: Tensor, alpha: float, beta: float, needs: Sequence[bool], transposed: bool, met: Met
+) -> Formula:
+    """:func:`linear` where a sample has several rows, as in a sequence."""
+    part, keep_a = met.part, met.kept[-2]
+    assert part is not None
+    need_a, need_b = needs[-2:]
+
+    def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
+        h_a = h_b = h_bias = None
+        if need_a:
+            source = h if keep_a or g is None else part.whole(g, h, met.inners[0])
+            h_a = None if source is None else source.mm((full(b).t() * alpha).square_())
+        if h is not None:
+            h_bias, h_b = h.sum(0), h.t().mm(squared(a))
+        if g is not None:
+            rows = by_sample(g, part.samples, met.inners[0])
+            inputs = by_sample(a, part.samples, met.inners[0] // g.shape[1] * a.shape[1])
+            of_bias = per_sample.of_bias(part.c, rows)
+            h_bias = of_bias if h_bias is None else h_bias.add_(of_bias)
+            if need_b:
+                of_weight = per_sample.of_weight(part.c, rows, inputs)
+                h_b = of_weight if h_b is None else h_b.add_(of_weight)
+        if h_b is not None:
+            h_b = h_b * alpha**2 if alpha != 1 else h_b
+            h_b = h_b if transposed else h_b.t()
+        if len(needs) == 2:
+            return h_a, h_b
+        return (h_bias if h_bias is None or beta == 1 else h_bias * beta**2) if needs[0] else None, h_a, h_b
+
+    return formula
+
+
 def _through_last_layer(met: Met, weight: Tensor, g: Tensor, h: Tensor | None) -> Tensor | None:
     made, part, head = met.made, met.part, met.head
     assert made is not None
@@ -274,3 +313,47 @@ def _through_last_layer(met: Met, weight: Tensor, g: Tensor, h: Tensor | None) -
     c, scale = head.split(g)
     made.c = c if part is None else c + part.c
     return head.through(weight, g, scale)
+
+
+# -- convolutions ------------------------------------------------------------------------------------------------------
+
+
+def is_convolution(op: Operation) -> bool:
+    """Whether the operation is a convolution, of one or two dimensions, ungrouped and not transposed."""
+    node = op.node
+    return (
+        node.name() == "ConvolutionBackward0"
+        and len(op.output_shape()) in (3, 4)
+        and node._saved_groups == 1
+        and not node._saved_transposed
+    )
+
+
+def convolution(op: Operation, met: Met) -> Formula:
+    """The ordinary rule for the remainder, and for kernel and bias the gradients of single samples beside it."""
+    node, part = op.node, met.part
+    x, w = node._saved_input, node._saved_weight
+    stride, padding, dilation = node._saved_stride, node._saved_padding, node._saved_dilation
+    ordinary = of_operands(
+        op, x, w, node._saved_bias_sym_sizes_opt, stride, padding, dilation, False, node._saved_output_padding, 1
+    )
+    kernel, settings = tuple(w.shape), (stride, padding, dilation)
+    need_x, need_kernel, need_bias = op.needs
+    keep_x = met.kept[0]
+    assert part is not None
+
+    def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
+        if g is None:
+            return ordinary(h)
+        if need_x and not keep_x:
+            return ordinary(part.whole(g, h, met.inners[0]))
+        h_x, h_kernel, h_bias = (None, None, None) if h is None else ordinary(h)
+        if need_kernel:
+            of_kernel = per_sample.of_kernel(part.c, g, x, kernel, *settings)
+            h_kernel = of_kernel if h_kernel is None else h_kernel.add_(of_kernel)
+        if need_bias:
+            of_bias = per_sample.of_bias(part.c, g.flatten(2).mT)
+            h_bias = of_bias if h_bias is None else h_bias.add_(of_bias)
+        return h_x, h_kernel, h_bias
+
+    return formula

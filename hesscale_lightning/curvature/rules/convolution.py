@@ -21,7 +21,7 @@ _conv_tbc_backward = torch.ops.aten.conv_tbc_backward.default
 def convolution(op: Operation) -> Formula:
     """Any number of dimensions, strided, padded, dilated, grouped and transposed."""
     node = op.node
-    return _formula(
+    return of_operands(
         op, node._saved_input, node._saved_weight, node._saved_bias_sym_sizes_opt, node._saved_stride,
         node._saved_padding, node._saved_dilation, node._saved_transposed, node._saved_output_padding,
         node._saved_groups,
@@ -38,14 +38,15 @@ def convolution_of_one_backend(op: Operation) -> Formula:
     plain = [1] * len(node._saved_stride)
     output_padding = getattr(node, "_saved_output_padding", None)
     bias_shape = op.input_shape(2) if op.needs[2] else None
-    return _formula(
+    return of_operands(
         op, node._saved_self, node._saved_weight, bias_shape, node._saved_stride, node._saved_padding,
         getattr(node, "_saved_dilation", plain), output_padding is not None, output_padding or [0] * len(plain),
         getattr(node, "_saved_groups", 1),
     )  # fmt: skip
 
 
-def _formula(op: Operation, x: Tensor, w: Tensor, *settings: object) -> Formula:
+def of_operands(op: Operation, x: Tensor, w: Tensor, *settings: object) -> Formula:
+    """The formula for input x and kernel w; ``settings`` are what the convolution's own backward takes after them."""
     needs = list(op.needs)
     need_x, need_w, _ = needs
 

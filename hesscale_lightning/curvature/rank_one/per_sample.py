@@ -1,0 +1,91 @@
+"""Curvature of a weight that a sample uses several times: ``sum_b c_b G_b^2`` with the gradient ``G_b`` of each sample.
+
+The positions of a sequence or an image add up in a sample's gradient before it is squared, so this is more than a rule
+for squares can do. It takes one matrix product for each sample, as large together as the weight's gradient itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from hesscale_lightning.curvature.precision import full
+
+#: Most numbers in the gradients of all samples, for each number in the layer's input and output. The gradients are
+#: written once and read twice, so they must be outweighed by the products that they are sums of.
+_MOST_NUMBERS = 4
+
+
+def pays(samples: int, positions: int, outputs: int, inputs: int) -> bool:
+    """Whether the samples' gradients are small beside the layer's input and output.
+
+    Args:
+        samples: How many samples there are.
+        positions: How often each uses the weight.
+        outputs: How many outputs a position has.
+        inputs: How many inputs it has.
+    """
+    return outputs * inputs <= _MOST_NUMBERS * positions * (outputs + inputs) and samples > 0
+
+
+def by_sample(x: Tensor, samples: int, inner: int) -> Tensor:
+    """The rows of a matrix by sample: ``(samples, positions, columns)``.
+
+    Args:
+        x: Rows by columns.
+        samples: How many samples there are.
+        inner: How many neighbours in row-major order belong together.
+    """
+    rows, columns = x.shape
+    together = inner // columns
+    if together * samples == rows:
+        return x.reshape(samples, together, columns)
+    return x.reshape(-1, samples, together, columns).transpose(0, 1).reshape(samples, -1, columns)
+
+
+def of_weight(c: Tensor, g: Tensor, a: Tensor) -> Tensor:
+    """``sum_b c_b (sum_t g_bt a_bt^T)^2``, outputs by inputs.
+
+    Args:
+        c: A column, an entry for each sample.
+        g: Gradients, samples by positions by outputs.
+        a: Inputs, samples by positions by inputs.
+    """
+    gradients = g.mT.bmm(full(a)).square_()
+    return c.mT.mm(gradients.view(len(c), -1)).view(g.shape[2], a.shape[2])
+
+
+def of_bias(c: Tensor, g: Tensor) -> Tensor:
+    """``sum_b c_b (sum_t g_bt)^2``; arguments as for :func:`of_weight`."""
+    return c.mT.mm(g.sum(1).square_()).view(-1)
+
+
+def of_kernel(
+    c: Tensor,
+    g: Tensor,
+    x: Tensor,
+    kernel: tuple[int, ...],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """As :func:`of_weight`, for the kernel of a convolution over one or two dimensions.
+
+    Args:
+        c: A column, an entry for each sample.
+        g: The gradient at the output.
+        x: The input.
+        kernel: Its shape.
+        stride: One number for each dimension.
+        padding: Likewise.
+        dilation: Likewise.
+    """
+    size = kernel[2:]
+    if len(size) == 1:
+        x, size = x.unsqueeze(2), (1, *size)
+        stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
+    patches = F.unfold(full(x), size, dilation=tuple(dilation), padding=tuple(padding), stride=tuple(stride))
+    gradients = g.flatten(2).bmm(patches.mT).square_()
+    return c.mT.mm(gradients.view(len(c), -1)).view(kernel)
