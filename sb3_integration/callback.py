@@ -72,10 +72,12 @@ class HesScaleLoggingCallback(BaseCallback):
             if not hasattr(optimizer, "awaits_diagonals"):
                 continue
             networks = [group.get("network", str(k)) for k, group in enumerate(optimizer.param_groups)]
+            curvature = policy.seam.statistics.of(optimizer)
             for name, value in optimizer.stats.items():  # type: ignore[attr-defined]
                 statistic, _, index = name.partition("/")
-                self.logger.record(f"hesscale/{networks[int(index or 0)]}/{statistic}", value.item())
-            for network, statistics in zip(networks, policy.seam.statistics.of(optimizer), strict=True):
+                if curvature[int(index or 0)]:  # a group that never had gradients, as TRPO's actor, took no step
+                    self.logger.record(f"hesscale/{networks[int(index or 0)]}/{statistic}", value.item())
+            for network, statistics in zip(networks, curvature, strict=True):
                 for name, value in statistics.items():
                     self.logger.record(f"hesscale/{network}/{name}", value.item())
         policy.seam.statistics.request()

@@ -53,6 +53,7 @@ def run(name: str, path: Path, callback: Any, timesteps: int = 64, formats: Any 
         ("SAC-Box", {"actor", "critic"}, {}),
         ("TD3-Box", {"actor", "critic"}, {}),
         ("RecurrentPPO-Box", {"actor", "critic"}, {}),
+        ("TRPO-Box", {"critic"}, {}),
         ("PPO-Box", {"actor", "critic"}, {"optimizer_class": scaled_adam}),
         ("SAC-Box", {"actor", "critic"}, {"optimizer_class": scaled_adam}),
     ],
