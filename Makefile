@@ -7,10 +7,10 @@ export OMP_NUM_THREADS ?= 1
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo examples test format lint type check bench clean
+.PHONY: help install demo demo-rl examples test format lint type check bench clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  \1\t\2/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -21,6 +21,9 @@ install: $(STAMP)  ## create .venv with the pinned versions
 
 demo: $(STAMP)  ## train a digits classifier with AdaHesScale, compare with Adam (SHORT=1: a few epochs, as CI does)
 	$(BIN)/python examples/lightning/demo.py $(if $(SHORT),--short)
+
+demo-rl: $(STAMP)  ## train PPO on CartPole with AdaHesScale and with Stable-Baselines3's own policy, draw both curves
+	$(BIN)/python examples/reinforcement_learning/train.py --required_return 475
 
 examples: $(STAMP)  ## run every example config in full
 	for config in examples/lightning/*.yaml; do \
@@ -49,6 +52,8 @@ bench: $(STAMP)  ## measure the cost of curvature, in time and memory, and of an
 	$(BIN)/python -m benchmarks.optimizer_step
 	$(BIN)/python -m benchmarks.output
 	$(BIN)/python -m benchmarks.lightning_step
+	$(BIN)/python -m benchmarks.rank_one
+	$(BIN)/python -m benchmarks.sb3_train
 
 clean:  ## remove what runs leave behind, keep .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis lightning_logs outputs
