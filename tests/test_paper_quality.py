@@ -19,6 +19,7 @@ import computational_cost as cost
 import cost_report
 import rank_one_training as training
 from journal import Journal, arguments, block, settle, write_block
+from steps import interleaved
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/approximation.md"
@@ -43,11 +44,7 @@ def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality, "SETTINGS", chosen)
     monkeypatch.setattr(quality, "QUICK", TINY)
     monkeypatch.setitem(quality.ESTIMATORS, "Hutchinson, 50 probes", quality.ESTIMATORS["Hutchinson, 1 probe"])
-    monkeypatch.setattr(quality, "ratios", lambda steps, seconds: [_ratio() for _ in steps])
-
-
-def _ratio() -> Any:
-    return cost.Ratio(2.0, 1.5, 2.5, 100.0, 200.0)
+    monkeypatch.setattr(quality, "interleaved", lambda steps, _: {name: [2.0, 1.5, 2.5, 0.1] for name in steps})
 
 
 @pytest.mark.usefixtures("cheap")
@@ -106,6 +103,19 @@ def test_the_study_of_costs_runs_in_miniature(tmp_path: Path, monkeypatch: pytes
             assert found["memory"]["gradient"] == 1.0
             assert found["memory"]["HesScale"] > 1.0  # a diagonal of the gradient's size is kept at least
             assert found["time"]["Hutchinson, 1 probe"][0] > 1.0
+
+
+def test_a_step_is_timed_against_the_first_of_its_round() -> None:
+    calls: list[str] = []
+
+    def work(name: str, amount: int) -> Any:
+        return lambda: calls.append(name) or sum(range(amount))
+
+    found = interleaved({"short": work("short", 20_000), "long": work("long", 60_000)}, 0.0)
+    assert calls == ["short", "long"] * (len(calls) // 2)
+    assert found["short"][:3] == [1.0, 1.0, 1.0]
+    assert found["long"][0] == pytest.approx(3.0, rel=0.4)
+    assert found["long"][1] <= found["long"][0] <= found["long"][2]
 
 
 def test_peak_memory_counts_gradients_and_diagonals() -> None:

@@ -39,18 +39,18 @@ def draw_against_cost(results: Results, path: Path) -> None:
     figure.text(0.012, 0.915, explanation, color=MUTED, fontsize=10.5)
     figure.tight_layout(rect=(0, 0, 1, 0.9), w_pad=2)
     for axis, its_labels in zip(axes, labels, strict=True):
-        place(its_labels, axis)
+        place(sorted(its_labels, key=lambda label: (label.color != BLUE, label.point)), axis)
     save(figure, path)
 
 
 def draw_network(results: Results, network: str, axis: Axes) -> list["Label"]:
     """Draw all but the estimates' names, and return these: where they fit is known when all else is in place."""
     costs = results["costs"][network]
-    axis.set(xscale="log", yscale="log", xlim=(0.85, 300), ylim=(FLOOR / 1.3, 250))
-    plain(axis.xaxis, [1, 2, 5, 10, 20, 50, 100, 200])
+    axis.set(xscale="log", yscale="log", xlim=(0.8, 150), ylim=(FLOOR / 1.3, 250))
+    plain(axis.xaxis, [1, 2, 5, 10, 20, 50, 100])
     plain(axis.yaxis, [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100])
     axis.axhline(1, color=MUTED, linewidth=1, linestyle=":")
-    axis.text(290, 1.06, "an estimate of zeros", ha="right", va="bottom", color=MUTED, fontsize=9.5)
+    axis.text(145, 1.06, "an estimate of zeros", ha="right", va="bottom", color=MUTED, fontsize=9.5)
     exact = costs["exact diagonal"][0]
     axis.axvline(exact, color=MUTED, linewidth=1, linestyle=":")
     axis.text(exact * 1.06, 230, "exact diagonal", ha="left", va="top", color=MUTED, fontsize=9.5)

@@ -14,8 +14,10 @@ PyTorch's default, a hundred layers shrink curvature to denormal numbers, which 
 """
 
 import json
+import os
+import statistics
 import sys
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +27,7 @@ import torch
 from cost_report import draw, tables
 from estimators import RECURSIONS
 from journal import Journal, arguments, environment, rounded, save, settle, write_block
-from steps import Step, Steps
+from steps import Step, Steps, interleaved
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -34,7 +36,7 @@ from hesscale_lightning.optim import AdaHesScale
 
 sys.path.append(str(Path(__file__).parents[2]))
 from benchmarks.curvature import cnn
-from benchmarks.timing import Ratio, peak_bytes, ratios
+from benchmarks.timing import peak_bytes
 
 RESULTS = "examples/paper/results/computational_cost.json"
 PICTURE = "docs/computational_cost.png"
@@ -107,6 +109,7 @@ def optimizers(steps: Steps) -> dict[str, Step]:
 
 def measure(workload: Workload, seconds: float) -> dict[str, Any]:
     """Time and peak memory of every estimate over the gradient's, and time of every optimizer's step over Adam's."""
+    start = time.perf_counter()
     steps = Steps(*workload.build())
     named = steps.named()
     estimates = {name: named[name] for name in ESTIMATES if workload.fits(name)}
@@ -118,18 +121,11 @@ def measure(workload: Workload, seconds: float) -> dict[str, Any]:
     memory = {name: peak_bytes(partial(from_nothing, step)) for name, step in estimates.items()}
     return {
         "parameters": sum(p.numel() for p in steps.params),
-        "time": timed(estimates, seconds),
+        "time": interleaved(estimates, seconds),
         "memory": {name: found / memory["gradient"] for name, found in memory.items()},
-        "over Adam": timed(optimizers(steps), seconds),
-    }
-
-
-def timed(steps: dict[str, Callable[[], None]], seconds: float) -> dict[str, list[float]]:
-    """Median and quartiles over the first's, and median milliseconds."""
-    found: list[Ratio] = ratios([*steps.values()], seconds, warm_up=2)
-    return {
-        name: [ratio.median, ratio.low, ratio.high, ratio.variant_us / 1000]
-        for name, ratio in zip(steps, found, strict=True)
+        "over Adam": interleaved(optimizers(steps), seconds),
+        "seconds": time.perf_counter() - start,
+        "load": os.getloadavg()[0],
     }
 
 
@@ -144,8 +140,17 @@ def run(quick: bool, folder: Path) -> dict[str, Any]:
             journal.note(str(workload), measure(workload, seconds))
     runs: dict[str, dict[str, Any]] = {}
     for workload in workloads:
-        runs.setdefault(workload.group, {})[str(workload.size)] = rounded(journal.runs[str(workload)], 3)
-    return {"seconds": seconds, "environment": environment(), "runs": runs}
+        found = journal.runs[str(workload)]
+        kept = {name: found[name] for name in ("parameters", "time", "memory", "over Adam")}
+        runs.setdefault(workload.group, {})[str(workload.size)] = rounded(kept, 3)
+    done = [journal.runs[str(workload)] for workload in workloads]
+    return {
+        "seconds": seconds,
+        "minutes": rounded(sum(found["seconds"] for found in done) / 60),
+        "load": rounded(statistics.fmean(found["load"] for found in done)),
+        "environment": environment(),
+        "runs": runs,
+    }
 
 
 def main(given: list[str] | None = None) -> None:

@@ -62,9 +62,10 @@ def tables(results: Results) -> dict[str, str]:
 def preface(results: Results) -> str:
     machine = results["environment"]
     return (
-        f"At least {results['seconds']:g} seconds and eleven rounds for each table and network (one thread, torch "
-        f"{machine['torch']}, {machine['machine']}). Median (quartiles) of the ratios; empty: exact GGN would hold "
-        "more than ten million numbers at once."
+        f"At least {results['seconds']:g} seconds and eleven rounds for each table and network. It took "
+        f"{results['minutes']:.0f} minutes with a load of {results['load']:.1f} on the machine; what is counted is the "
+        f"thread's own time (torch {machine['torch']}, {machine['machine']}). Median (quartiles) of the ratios; empty: "
+        "exact GGN would hold more than ten million numbers at once."
     )
 
 

@@ -45,9 +45,20 @@ class Label:
 
 
 # By horizontal offset in points: alignment of the text, and where along it the line to the point begins.
-SIDES = {0: ("center", 0.5), 9: ("left", 0.1), -9: ("right", 0.9), 40: ("left", 0.0), -40: ("right", 1.0)}
-LEVELS = [level * sign for level in range(9) for sign in (1, -1)]
-OFFSETS = [(dx, 12.5 * level) for level in LEVELS for dx in ((9, -9) if level == 0 else SIDES)]
+SIDES = {
+    0: ("center", 0.5),
+    9: ("left", 0.1),
+    -9: ("right", 0.9),
+    40: ("left", 0.0),
+    -40: ("right", 1.0),
+    80: ("left", 0.0),
+}
+BESIDE = [(9, 0.0), (-9, 0.0)]
+# Nearest first; what is not beside its point gets a line, which is best short and steep.
+OFFSETS = BESIDE + sorted(
+    ((dx, sign * 12.5 * level) for level in range(1, 13) for sign in (1, -1) for dx in SIDES),
+    key=lambda offset: abs(offset[1]) + 0.7 * abs(offset[0]),
+)
 
 
 def place(labels: list[Label], axis: Axes) -> None:

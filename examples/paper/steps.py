@@ -4,6 +4,9 @@ Each delivers ``p.grad`` and, but for the gradient alone, ``p.hess_diag``. What 
 it shares: all but the exact diagonal make do with one forward pass.
 """
 
+import gc
+import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,6 +29,43 @@ from torch.nn.functional import cross_entropy
 from hesscale_lightning.curvature import attach
 
 Step = Callable[[], None]
+WARM_UP, ROUNDS = 2, 11  # rounds that do not count, and the fewest that do
+
+
+def interleaved(steps: dict[str, Step], seconds: float) -> dict[str, list[float]]:
+    """Time every step over the first's of the same round, all taking turns.
+
+    It is the thread's own time: wall-clock time on an idle machine, and on a busy one without the waiting.
+
+    Args:
+        steps: the steps by name; the first is the baseline.
+        seconds: how long to measure; at least eleven rounds are run.
+
+    Returns:
+        For each step the median and the quartiles of the ratio, and the median time in milliseconds.
+    """
+    rounds: list[list[float]] = []
+    gc.collect()
+    gc.disable()
+    try:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or len(rounds) < WARM_UP + ROUNDS:
+            times = []
+            for step in steps.values():
+                start = time.thread_time()
+                step()
+                times.append(time.thread_time() - start)
+            rounds.append(times)
+            gc.collect(0)
+    finally:
+        gc.enable()
+    found = {}
+    for place, name in enumerate(steps):
+        ratios = sorted(times[place] / times[0] for times in rounds[WARM_UP:])
+        low, high = ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]
+        milliseconds = 1000 * statistics.median(times[place] for times in rounds[WARM_UP:])
+        found[name] = [statistics.median(ratios), low, high, milliseconds]
+    return found
 
 
 class Steps:
