@@ -201,16 +201,22 @@ class Joiner:
         return self._on_the_way(ordered) if met else []
 
     def _widened(self, taken: list[int], end: int, joins: Callable[[int, int], bool]) -> list[int]:
-        """``taken``, and what lies between its sources and a tensor in which paths from two of them meet."""
+        """``taken``, and what lies between its sources and a tensor in which paths from two of them meet, and so on."""
+        wider = self._wider(taken, end, joins)
+        while len(wider) > len(taken):
+            taken, wider = wider, self._wider(wider, end, joins)
+        return taken
+
+    def _wider(self, taken: list[int], end: int, joins: Callable[[int, int], bool]) -> list[int]:
         nodes, index, edges = self._found.nodes, self._found.index, self._found.edges
 
-        def wanted_below(position: int) -> list[Edge]:
-            return [edge for edge in edges[nodes[position]] if index[edge[0]] >= 0]
+        def wanted_below(position: int) -> dict[Edge, None]:
+            return {edge: None for edge in edges[nodes[position]] if index[edge[0]] >= 0}
 
         sources = {edge for member in taken for edge in wanted_below(member) if index[edge[0]] not in taken}
         if len(sources) < 2:
             return taken
-        reached: Counter[Edge] = Counter()  # by how many of the sources
+        reached: Counter[Edge] = Counter()  # from how many of the sources
         passed: set[int] = set()
         for source in sources:
             seen = [source]
@@ -226,7 +232,7 @@ class Joiner:
         for position in sorted(passed, reverse=True):
             if any(reached[edge] > 1 or index[edge[0]] in between for edge in wanted_below(position)):
                 between.add(position)
-        members = self._on_the_way([*taken, *between])
+        members = self._on_the_way([*taken, *(between - {*taken})])
         return members if len(members) <= _MOST_MEMBERS else taken
 
     def _meeting_of_shared(self, position: int) -> list[int]:

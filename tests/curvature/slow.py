@@ -33,7 +33,8 @@ operation. Which are joined is part of its definition:
 - If no paths meet in what only serves the meeting point, elementwise operations are taken in though others use their
   values.
 - If paths do meet there, but what is joined still uses two values or more, paths from two of these may meet further
-  down in operations that could be taken in if nothing else used their values. Then those on the way there are taken in.
+  down in operations that could be taken in if nothing else used their values. Then those on the way there are taken in,
+  and so on.
 - An operation that others use as well is carried a second time on its own, with what arrives from these.
 - Only what lies on the way to a value that is used twice is kept.
 - The joined function's variables are the values that it uses from outside. ``x`` and ``x.t()`` are two variables, but
@@ -486,7 +487,11 @@ class _Sweep:
         return reached
 
     def _widened(self, members: set[Operation], meeting: Operation, rows: bool) -> set[Operation]:
-        """``members``, and what lies between two values that they use and one in which paths from both meet."""
+        """``members``, and what lies between two values that they use and one where paths from both meet; and so on."""
+        wider = self._wider(members, meeting, rows)
+        return members if wider == members else self._widened(wider, meeting, rows)
+
+    def _wider(self, members: set[Operation], meeting: Operation, rows: bool) -> set[Operation]:
         outside = {v for op in members for v in self.variables(op) if v[0].producer not in members}
         reached: dict[Variable, set[Variable]] = {}  # from which of these values
         passed: set[Operation] = set()
@@ -497,7 +502,7 @@ class _Sweep:
                 op = v[0].producer
                 if op is not None and self._may_join(op, meeting, rows):
                     passed.add(op)
-                    seen += [w for w in self.variables(op) if w not in seen]
+                    seen += [w for w in dict.fromkeys(self.variables(op)) if w not in seen]
         between: set[Operation] = set()
         for op in reversed(self.order):
             if op in passed and any(len(reached[v]) > 1 or v[0].producer in between for v in self.variables(op)):

@@ -78,6 +78,14 @@ CASES: dict[str, Case] = {
         ),
         [(3, 3), (3, 3)],
     ),
+    "paths that meet again, and below that once more": (
+        lambda x, y: (
+            (w := ((z := torch.addcmul(x, x, y, value=0.5)) * x.sigmoid()).tanh()).tanh().square().sum()
+            + ((w * y) * w).square().square().sum()
+            + z.sin().sum()
+        ),
+        [(2, 3), (2, 3)],
+    ),
     "a squashed sample that a critic judges too": (
         lambda x, y: (
             (
