@@ -61,9 +61,6 @@ def _along_dim(op: Operation, i: int) -> int | None:
     return signed(op.node._saved_dim) % max(len(op.input_shape(i)), 1)
 
 
-_ONE_DIM = frozenset(_first_dims) | {"StackBackward0"}
-
-
 @_acts_from("StackBackward0")
 def _stacks(op: Operation, _: int) -> int | None:
     return signed(op.node._saved_dim) % len(op.output_shape())
@@ -78,6 +75,10 @@ def _along_dims(op: Operation, i: int) -> int | None:
     if op.node.name() in ("MeanBackward0", "SumBackward0"):
         return 0
     return min(reduced_dims(op.node._saved_dim, rank), default=0)
+
+
+#: Those that act along one dimension; of the others, what lies behind the first is not left as it is.
+_ONE_DIM = frozenset(_first_dims)
 
 
 @_acts_from("FusedRmsNormBackward0", "NativeLayerNormBackward0")
