@@ -288,6 +288,32 @@ def test_samples_that_mix_end_it_and_the_report_says_where() -> None:
     assert [e.status for e in report.refinement or ()] == ["begins"]
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda y: F.gaussian_nll_loss(y[:, 0], Y, y[:, 1].exp()),
+        lambda y: Normal(y[:, :2], y[:, 2:].exp()).log_prob(X[:, :2]).sum(-1).mean(),
+        lambda y: F.cross_entropy(y, ACTION) + y.square().mean(),
+        lambda y: F.ctc_loss(y.log_softmax(-1)[:, None], T[:3] + 1, (7,), (3,)),
+    ],
+    ids=["gaussian likelihood", "gaussian of two chunks", "two losses", "alignments"],
+)
+def test_output_whose_hessian_is_not_known_is_left_to_hesscale(loss: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model = mlp(5, 6, 6, 4)
+    for refined, plain in zip(
+        diagonals(loss(model(X)), model), diagonals(loss(model(X)), model, "hesscale"), strict=True
+    ):
+        torch.testing.assert_close(refined, plain, rtol=1e-10, atol=1e-14)
+
+
+def test_loss_that_mixes_all_samples_in_one_number_makes_them_one_sample() -> None:
+    torch.manual_seed(0)
+    model = mlp(5, 6, 6, 4)
+    plain, refined = errors(model, lambda: F.mse_loss(model(X), X[:, :4]).sqrt())
+    assert refined < plain
+
+
 def test_heads_that_share_a_network_end_it_where_they_meet() -> None:
     torch.manual_seed(0)
     body, actor, critic = mlp(5, 6, 6), mlp(6, 4), mlp(6, 1)

@@ -74,6 +74,9 @@ _CURVED_BY = {
     "XlogyBackward0": 1,
 }  # fmt: skip
 
+#: Views by registration that add up overlapping entries.
+_SUMMING = frozenset({"Col2ImBackward0"})
+
 #: What the decisions depend on beside shapes.
 _SETTINGS = (
     "_saved_dim", "_saved_dim0", "_saved_dim1", "_saved_dims", "_saved_groups",
@@ -128,6 +131,19 @@ def signature(aspects: Aspects, nodes: Sequence[Node]) -> Any:
     )
 
 
+def _reachable(plan: Plan) -> list[int]:
+    """For each cell a bit set of itself and all cells that it leads to."""
+    below = [1 << cell for cell in range(plan.cells)]
+    for step in reversed(plan.steps):
+        leads = 0
+        for target in step.targets:
+            if target >= 0:
+                leads |= below[target]
+        for cell in step.outputs or [step.cell]:
+            below[cell] |= leads
+    return below
+
+
 def make_recipe(plan: Plan, nodes: Sequence[Node], following: Sequence[Any], outside: Container[int]) -> Recipe:
     """Decides for one graph.
 
@@ -148,6 +164,7 @@ class _Decisions:
         self._states[0] = ZERO
         self._samples: list[int] = []
         self._heads = 0
+        self._below = _reachable(plan)
         self._picked: set[int] = set()  # cells of tensors used only by an operation that picks one entry of each row
         self._notes: list[Note] = []
         self._users: dict[int, list[int]] = {}  # by leaf, the steps that take the whole to it
@@ -214,7 +231,17 @@ class _Decisions:
             return None, [ZERO] * count
         if rule.name == "LogSoftmaxBackward0" and steps.is_along_last(op):
             return self._softmax(step, op, None)
-        return None, [DIAGONAL if layout.is_entrywise(rule) else PLAIN] * count
+        return None, [DIAGONAL if layout.is_entrywise(rule) and not self._meet(step) else PLAIN] * count
+
+    def _meet(self, step: Step) -> bool:
+        """Whether paths from two inputs meet below, so that the Hessian of both together is not diagonal."""
+        seen = 0
+        for target in step.targets:
+            if target >= 0:
+                if seen & self._below[target]:
+                    return True
+                seen |= self._below[target]
+        return False
 
     def _softmax(self, step: Step, op: Operation, part: int | None) -> tuple[Use | None, list[Any]]:
         """Log-softmax along the last dimension; what arrives is a rank-one part and nothing beside it, if anything."""
@@ -228,11 +255,12 @@ class _Decisions:
         if state.kind == "softmax" and rule.name in layout.ORDER_KEEPING and not step.turns:
             return None, [state] * count
         entrywise = layout.is_entrywise(rule) and (not rule.reduces or op.output_shape() == op.input_shape(0))
-        if state == DIAGONAL and (entrywise or (rule.view and not steps.picks_one(op))):
+        copies = rule.view and rule.name not in _SUMMING
+        if state == DIAGONAL and ((entrywise and not self._meet(step)) or (copies and not steps.picks_one(op))):
             return None, [DIAGONAL] * count
         if rule.name == "LogSoftmaxBackward0" and steps.is_along_last(op) and self._is_picked(state, op.output_shape()):
             return self._softmax(step, op, state.part)
-        return self._split(step, op, state, entrywise or rule.view)
+        return self._split(step, op, state, copies or (entrywise and not self._meet(step)))
 
     def _is_picked(self, state: State, shape: torch.Size) -> bool:
         """Whether curvature arrives in one entry of each row, so that it is all in the rank-one part."""
@@ -285,7 +313,7 @@ class _Decisions:
     def _met_by_composite(self, step: Step, composite: Composite, state: Any) -> tuple[Use | None, list[Any]]:
         plain = [PLAIN] * len(step.targets)
         if not composite.rowwise and not composite.shared and (state is ZERO or state == DIAGONAL):
-            return None, [DIAGONAL] * len(plain)
+            return None, plain if self._meet(step) else [DIAGONAL] * len(plain)
         if composite.rowwise and steps.is_log_softmax(composite, [self._nodes[m.position] for m in composite.members]):
             op = self._operation(step.cell, step)
             if state is ZERO or self._is_picked(state, op.output_shape()):
@@ -294,13 +322,12 @@ class _Decisions:
             return None, plain
         proposed = plain
         if not composite.rowwise and not composite.shared:
-            proposed = [self._through_composite(composite, source, state) for source in range(len(plain))]
+            proposed = [self._through_composite(step, composite, source, state) for source in range(len(plain))]
         return Use("any", [False] * len(plain), state.part, [state.inner]), proposed
 
-    def _through_composite(self, composite: Composite, source: int, state: State) -> Any:
+    def _through_composite(self, step: Step, composite: Composite, source: int, state: State) -> Any:
         """Entry by entry as a whole; only a source of the output's shape is known to have the samples' rows."""
-        end = composite.members[-1].position
-        shape = self._operation(end, self._plan.steps[0]).output_shape()
+        shape = self._operation(step.cell, step).output_shape()
         for member in composite.members:
             for i, entry in enumerate(member.wiring):
                 if entry == ~source:
@@ -310,7 +337,7 @@ class _Decisions:
                     )  # fmt: skip
                     if op.input_shape(i) != shape:
                         return PLAIN
-        return State(state.part, state.inner, state.kind)
+        return State(state.part, state.inner, "estimate" if self._meet(step) else state.kind)
 
     # -- second: what it means for each step, now that every tensor's state is known
 
