@@ -122,9 +122,9 @@ def name_of(method: str, lr: float) -> str:
 
 
 def at(results: dict[str, Any], task: str, method: str, lr: float, budget: str) -> tuple[list[float], list[float]]:
-    """Training loss and test accuracy of every seed when the budget is spent."""
+    """Training loss and test accuracy of every seed when the budget is spent, at the nearest of POINTS."""
     fits = STEPS if budget == "steps" or method == METHODS[0] else STEPS / results["ratios"][task]
-    place = max((k for k, point in enumerate(POINTS) if point <= fits), default=0)
+    place = min(range(len(POINTS)), key=lambda k: abs(POINTS[k] - fits))
     found = results["runs"][task][name_of(method, lr)]
     return [seed[0][place] for seed in found], [seed[1][place] for seed in found]
 
