@@ -70,7 +70,7 @@ def test_training_with_adahesscale_equals_a_plain_loop():
         assert torch.equal(p, q)
 
 
-@pytest.mark.parametrize("method", ["hesscale", "hesscale_gn", "bl89"])
+@pytest.mark.parametrize("method", ["hesscale", "hesscale_gn", "bl89", "hesscale_rank1"])
 def test_the_method_reaches_the_engine(method):
     net, batches = make_net(), make_batches(1)
     expected = diagonal(net, batches, method)

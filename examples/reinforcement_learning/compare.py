@@ -17,10 +17,11 @@ Finished runs are appended to a file at once. Set OMP_NUM_THREADS=1: the network
 from __future__ import annotations
 
 import json
+import multiprocessing
 import statistics
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -243,12 +244,24 @@ def complete(study: Study, runs: Iterable[Run], workers: int) -> dict[Run, dict[
     missing = [run for run in dict.fromkeys(runs) if run not in results]
     if missing:
         study.results.parent.mkdir(parents=True, exist_ok=True)
-        with ProcessPoolExecutor(workers) as pool, study.results.open("a") as file:
-            futures = [pool.submit(train, run) for run in missing]
-            for future in tqdm(as_completed(futures), total=len(missing), unit="run"):
-                file.write(json.dumps(future.result()) + "\n")
+        with study.results.open("a") as file:
+            if file.tell() and not study.results.read_text().endswith("\n"):
+                file.write("\n")  # a line that was cut off when the study was stopped
+            for row in tqdm(_carried_out(missing, workers), total=len(missing), unit="run"):
+                file.write(json.dumps(row) + "\n")
                 file.flush()
     return load(study.results)
+
+
+def _carried_out(runs: Sequence[Run], workers: int) -> Iterator[dict[str, Any]]:
+    """The results of runs as they end."""
+    if workers == 1:
+        yield from map(train, runs)
+        return
+    # Fresh processes: a fork of one in which torch has run its threads may never come back.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(train, run) for run in runs]):
+            yield future.result()
 
 
 # -- what came out
@@ -262,7 +275,7 @@ def summary(scores: Sequence[float]) -> str:
 
 def tables(study: Study, results: dict[Run, dict[str, Any]]) -> str:
     rows = [
-        f"Mean return of the episodes in the last fifth of the budget: mean of {study.seeds} seeds (lowest to highest).",
+        f"Mean return of the episodes in the last fifth of the budget, mean of {study.seeds} seeds (lowest, highest).",
         "",
         "| algorithm | environment | steps | Adam, best of four rates | AdaHesScale, default |",
         "|---|---|---|---|---|",

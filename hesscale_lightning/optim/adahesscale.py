@@ -71,8 +71,8 @@ class AdaHesScale(Optimizer):
     afterwards, in every step.
 
     Attributes:
-        awaits_diagonals: True from ``zero_grad`` to ``step``. Code that attaches for several optimizers reads here which
-            of them the next backward pass is for.
+        awaits_diagonals: True from ``zero_grad`` to ``step``. Code that attaches for several optimizers reads here
+            which of them the next backward pass is for.
 
     Args:
         params: parameters, named parameters, or param groups; every option below can be set per group.
