@@ -39,7 +39,7 @@ def draw_against_cost(results: Results, path: Path) -> None:
     figure.text(0.012, 0.915, explanation, color=MUTED, fontsize=10.5)
     figure.tight_layout(rect=(0, 0, 1, 0.9), w_pad=2)
     for axis, its_labels in zip(axes, labels, strict=True):
-        place(sorted(its_labels, key=lambda label: (label.color != BLUE, label.point)), axis)
+        place(sorted(its_labels, key=lambda label: (label.color != BLUE, -label.point[0])), axis)
     save(figure, path)
 
 

@@ -85,7 +85,7 @@ WORKLOADS = [*DEEP, *WIDE, *CONVOLUTIONAL]
 
 
 def optimizers(steps: Steps) -> dict[str, Step]:
-    """Steps with their update, Adam's first.
+    """Steps with their update, Adam's first; and the gradient alone, to tell what the update is of it.
 
     The updates with curvature are AdaHesScale's without clamp and trust region, whatever the estimate, and at last
     AdaHesScale's as it comes.
@@ -104,7 +104,7 @@ def optimizers(steps: Steps) -> dict[str, Step]:
     }
     found |= {f"{name}, bare update": (named[name], bare()) for name in [*RECURSIONS, "Hutchinson, 1 probe"]}
     found["AdaHesScale"] = (named["HesScale"], AdaHesScale(params, lr=1e-9))
-    return {name: partial(both, *parts) for name, parts in found.items()}
+    return {name: partial(both, *parts) for name, parts in found.items()} | {"gradient": named["gradient"]}
 
 
 def measure(workload: Workload, seconds: float) -> dict[str, Any]:
