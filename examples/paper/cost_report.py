@@ -102,9 +102,9 @@ def over_adam(results: Results) -> str:
         for name, found in networks
     ]
     paper = [found["over Adam"] for found in results["runs"]["depth, batch 1"].values()]
+    medians = {name: [one[name][0] for one in paper] for name in PUBLISHED}
     ranges = [
-        f"{name} {min(one[name][0] for one in paper):.2f} to {max(one[name][0] for one in paper):.2f} (published {theirs})"
-        for name, theirs in PUBLISHED.items()
+        f"{name} {min(found):.2f} to {max(found):.2f} (published {PUBLISHED[name]})" for name, found in medians.items()
     ]
     sentence = f"Over Adam's step on the paper's networks with batches of one: {'; '.join(ranges)}."
     return f"{sentence}\n\n{table(['network', ADAM, *names], [published, *rows])}"
