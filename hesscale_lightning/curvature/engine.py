@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointError, GraphExecGroup
 
 from hesscale_lightning.curvature.attachment import AWAITED, PLAIN, Attachment, on_gate, on_sweep
-from hesscale_lightning.curvature.composite import Composite, composite_formula, works_along_rows
+from hesscale_lightning.curvature.composite import Composite, works_along_rows
+from hesscale_lightning.curvature.composite_formula import composite_formula
 from hesscale_lightning.curvature.graph import Node, trace
 from hesscale_lightning.curvature.plan import Output, Plan, PlanCache, make_plan, refuse_hidden_parameters, weight_of
 from hesscale_lightning.curvature.rank_one import Recipe, recipe_for

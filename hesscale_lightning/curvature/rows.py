@@ -212,3 +212,8 @@ def pulled(terms: Terms, weights: Symbol) -> Factor:
         along: Factor = product.row_sum() if product.last > 1 else product
         total = _sum(total, _product(_product(b, along) if is_number(b) else along, c))
     return 0.0 if total is None else total
+
+
+def lengths(shape: Sequence[int], flat: bool) -> set[int]:
+    """The length of a tensor's rows, unless there is one entry for each row."""
+    return set() if flat or not shape or shape[-1] == 1 else {shape[-1]}
