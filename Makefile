@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-rl examples test format lint type check bench clean
+.PHONY: help install demo demo-rl examples paper test format lint type check bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -30,6 +30,11 @@ examples: $(STAMP)  ## run every example config in full
 		echo "== $$config"; $(BIN)/python -m hesscale_lightning fit --config $$config || exit 1; \
 	done
 	$(BIN)/python examples/lightning/plot_curvature.py --log "$$(ls -td outputs/digits_curvature/version_* | head -1)"
+
+paper: $(STAMP)  ## reproduce docs/approximation.md (QUICK=1: in minutes, into outputs/)
+	for script in approximation_quality computational_cost rank_one_training; do \
+		$(BIN)/python examples/paper/$$script.py $(if $(QUICK),--quick,--write docs/approximation.md) || exit 1; \
+	done
 
 test: $(STAMP)  ## the whole test suite, doctests included
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

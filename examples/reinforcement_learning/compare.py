@@ -17,6 +17,7 @@ Finished runs are appended to a file at once. Set OMP_NUM_THREADS=1: the network
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import statistics
 import time
@@ -221,6 +222,18 @@ class Study:
         """Adam's learning rate with the highest mean score."""
         return max(ADAM_RATES, key=lambda lr: statistics.mean(self.scores(pair, "adam", lr, results)))
 
+    def leader(
+        self, pair: tuple[str, str], factor: int, optimizers: Sequence[str], results: dict[Run, dict[str, Any]]
+    ) -> str:
+        """Which of some optimizers has the highest mean score at ``factor`` times its base learning rate."""
+        base = {"adam": self.best_rate(pair, results), "adahesscale": LEARNING_RATE[pair[0]]}
+
+        def mean(optimizer: str) -> float:
+            scores = self.scores(pair, optimizer, base[optimizer.split()[0]] * factor, results)
+            return statistics.mean(scores) if scores else -math.inf
+
+        return max(optimizers, key=mean)
+
     def scores(self, pair: tuple[str, str], optimizer: str, lr: float, results: dict[Run, Any]) -> list[float]:
         runs = [self.run(pair, optimizer, lr, seed) for seed in range(self.seeds)]
         return [results[run]["score"] for run in runs if run in results]
@@ -287,6 +300,8 @@ def tables(study: Study, results: dict[Run, dict[str, Any]]) -> str:
         ours = summary(study.scores(pair, "adahesscale", default, results))
         steps = STEPS[environment] // study.shorter
         rows.append(f"| {algorithm} | {environment} | {steps:,} | {adam} at {best:g} | {ours} |")
+    higher = [pair for pair in study.pairs if study.leader(pair, 1, ("adam", "adahesscale"), results) == "adahesscale"]
+    rows += ["", f"AdaHesScale at its default has the higher mean on {_listed(higher)} of {len(study.pairs)}."]
     rows += [
         "",
         "The same with the learning rate, Adam's best and AdaHesScale's default, 10 and 100 times too large:",
@@ -308,6 +323,14 @@ def tables(study: Study, results: dict[Run, dict[str, Any]]) -> str:
                 )
             ]
             rows.append(f"| {algorithm} | {environment} | {factor} | {' | '.join(cells)} |")
+    for factor in (10, 100):
+        leaders = {pair: study.leader(pair, factor, tuple(POLICY_KWARGS), results) for pair in study.pairs}
+        counts = [
+            f"{optimizer} on {_listed(led)}"
+            for optimizer in POLICY_KWARGS
+            if (led := [pair for pair, leader in leaders.items() if leader == optimizer])
+        ]
+        rows += ["", f"At {factor} times the rate the highest mean is that of {'; '.join(counts)}."]
     broken = sum(bool(row["broken"]) for row in results.values())
     hours = sum(row["seconds"] for row in results.values()) / 3600
     rows += [
@@ -315,6 +338,11 @@ def tables(study: Study, results: dict[Run, dict[str, Any]]) -> str:
         f"{len(results)} runs, of which {broken} broke down with parameters that were not numbers; {hours:.1f} hours.",
     ]
     return "\n".join(rows)
+
+
+def _listed(pairs: Sequence[tuple[str, str]]) -> str:
+    names = ", ".join(f"{algorithm} {environment}" for algorithm, environment in pairs)
+    return f"{len(pairs)} ({names})" if pairs else "none"
 
 
 COLORS = {

@@ -90,6 +90,8 @@ def test_the_report_says_what_the_results_say(tmp_path: Path) -> None:
     text = compare.tables(small, results_of(small, lambda run: scores[run.optimizer] + run.seed))
     assert "| PPO | CartPole-v1 | 250 | 100 (100 to 101) at 0.0003 | 300 (300 to 301) |" in text
     assert "| 100 | 100 (100 to 101) | 200 (200 to 201) | 50 (50 to 51) | 300 (300 to 301) |" in text
+    assert "AdaHesScale at its default has the higher mean on 1 (PPO CartPole-v1) of 1." in text
+    assert "At 100 times the rate the highest mean is that of adahesscale on 1 (PPO CartPole-v1)." in text
     assert "26 runs, of which 0 broke down" in text
 
 
