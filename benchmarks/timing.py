@@ -90,7 +90,7 @@ def write_table(page: Path, name: str, table: str) -> None:
 
 
 def peak_bytes(function: Callable[[], None]) -> int:
-    """Most memory that torch's CPU allocator held at once while ``function`` ran, above what it held before."""
+    """Most memory that torch's CPU allocator held at once while ``function`` ran, of what it allocated."""
     function()
     with (
         _quiet(),
@@ -100,6 +100,6 @@ def peak_bytes(function: Callable[[], None]) -> int:
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
+        held = max(0, held + event.nbytes())  # a step begins by freeing what the last one kept
         peak = max(peak, held)
     return peak

@@ -7,7 +7,7 @@ and ``F'' = sum_i f_i u_i'' + sum_ij f_ij u_i' u_j'``, as a diagonal and product
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from hesscale_lightning.curvature import rows
-from hesscale_lightning.curvature.composite import Composite, Member
+from hesscale_lightning.curvature.composite import Composite
 from hesscale_lightning.curvature.elementwise import fit_to_input
-from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation
+from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, Partials
 from hesscale_lightning.curvature.straight_line import Program, Symbol
 
 _MOST_PROGRAMS = 16  # of one composite; structures repeat from step to step
@@ -36,7 +36,34 @@ def composite_formula(composite: Composite, operations: Sequence[Operation]) -> 
     Returns:
         None if an operation is no longer along the last dimension, which a plan cannot know.
     """
-    members, rowwise = composite.members, composite.rowwise
+    if composite.rowwise:
+        return _along_rows(composite, operations)
+    values = [member.partials(op) for member, op in zip(composite.members, operations, strict=True) if member.partials]
+    carry: list[None] = [None] * len(values)
+    fits = _fits(composite, operations)
+    shared = [operations[place].output_shape() for place in composite.shared]
+    count = len(fits)
+
+    def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
+        inputs = _Inputs(g, h, rowwise=False)
+        for value in values:
+            inputs.add_partials(value(g is not None))
+        program = inputs.program_of(composite, carry, 1, (), ())
+        totals = program(*inputs.arguments)
+        results: list[Tensor | None] = [
+            fit(total) if isinstance(total, Tensor) else None  # the number 0: no curvature arrives, and none is made
+            for fit, total in zip(fits, totals, strict=False)
+        ]
+        for sent, shape in zip(totals[count:], shared, strict=True):
+            results.append(sent.sum_to_size(shape) if isinstance(sent, Tensor) else None)
+        return results
+
+    return formula
+
+
+def _along_rows(composite: Composite, operations: Sequence[Operation]) -> Formula | None:
+    """:func:`composite_formula` of a composite in which some member works along the last dimension."""
+    members = composite.members
     values: list[Callable[..., Any]] = []
     carry: list[Callable[..., rows.Taylor] | None] = []  # None: by partials
     widths: set[int] = set()
@@ -53,41 +80,39 @@ def composite_formula(composite: Composite, operations: Sequence[Operation]) -> 
         values.append(row.values)
         carry.append(row.apply)
         widths |= rows.lengths(op.input_shape(0), row.flat is False and not row.mixes)
-    if rowwise and len(widths) > 1:
+    if len(widths) > 1:
         return None
     width = max(widths, default=1)
-    fits, shapes = _fits(composite, operations)
+    fits, shapes = _fits(composite, operations), _shapes(composite, operations)
     shared = {place: operations[place].output_shape() for place in composite.shared}
-    whole = [_whole_row(shape, width, flat) for shape, flat in zip(shapes, composite.flat_sources, strict=True)]
-    whole_shared = [_whole_row(shape, width, members[place].flat) for place, shape in shared.items()]
-    end_flat = rowwise and members[-1].flat
+    whole = tuple([_whole_row(s, width, flat) for s, flat in zip(shapes, composite.flat_sources, strict=True)])
+    whole_shared = tuple([_whole_row(shape, width, members[place].flat) for place, shape in shared.items()])
+    end_flat = members[-1].flat
 
     def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
-        dtype = (g if g is not None else h).dtype  # type: ignore[union-attr]
-        factors, layout = _factors(values, members, rowwise, g is not None, dtype)
+        curved = g is not None
         if end_flat:
             g, h = (None if t is None else t.unsqueeze(-1) for t in (g, h))
-        kinds = tuple([_kind(f, dtype) for f in (g, h, *factors)])
-        key = (kinds, layout, width)
-        program = composite.programs.get(key)
-        if program is None:
-            if len(composite.programs) >= _MOST_PROGRAMS:
-                composite.programs.clear()
-            program = composite.programs[key] = _written(composite, carry, layout, kinds, whole, whole_shared)
-        totals = program(*[f for f, kind in zip((g, h, *factors), kinds, strict=True) if isinstance(kind, int)])
+        inputs = _Inputs(g, h, rowwise=True)
+        for member, value in zip(members, values, strict=True):
+            if member.partials is None:
+                inputs.add_values(value())
+            else:
+                inputs.add_partials(value(curved), lift=member.flat)
+        totals = inputs.program_of(composite, carry, width, whole, whole_shared)(*inputs.arguments)
         results: list[Tensor | None] = []
         for total, fit, shape, flat in zip(totals, fits, shapes, composite.flat_sources, strict=False):
-            if not isinstance(total, Tensor):  # the number 0: no curvature arrives, and none is made
+            if not isinstance(total, Tensor):
                 results.append(None)
                 continue
-            if rowwise and flat:
+            if flat:
                 total = total.squeeze(-1)
-            elif rowwise and shape and total.shape[-1] < shape[-1]:  # alike for all entries of a row
+            elif shape and total.shape[-1] < shape[-1]:  # alike for all entries of a row
                 total = total.expand(*total.shape[:-1], shape[-1])
             results.append(fit(total))
         for sent, (place, shape) in zip(totals[len(shapes) :], shared.items(), strict=True):
             if isinstance(sent, Tensor):
-                results.append((sent.squeeze(-1) if rowwise and members[place].flat else sent).sum_to_size(shape))
+                results.append((sent.squeeze(-1) if members[place].flat else sent).sum_to_size(shape))
             else:
                 results.append(None)
         return results
@@ -100,36 +125,76 @@ def _whole_row(shape: torch.Size, width: int, flat: bool) -> bool:
     return not flat and len(shape) > 0 and shape[-1] == width
 
 
-def _factors(
-    values: Sequence[Callable[..., Any]], members: Sequence[Member], rowwise: bool, curved: bool, dtype: torch.dtype
-) -> tuple[list[Any], tuple[Any, ...]]:
-    """Every member's tensors and numbers in one list, and how they are laid out there."""
-    factors: list[Any] = []
-    layout: list[Any] = []
-    for member, value in zip(members, values, strict=True):
-        if member.partials is None:
-            own: Sequence[Any] = value()
-            layout.append(len(own))
-        else:
-            first, second = value(curved)
-            own = [*first, *second.values()]
-            layout.append((len(first), *second))
-            # Masks as numbers: the sum of two masks would be another mask, and a number times a mask is float32.
-            own = [f.to(dtype) if isinstance(f, Tensor) and f.dtype is torch.bool else f for f in own]
-            if rowwise and member.flat:  # gets the last dimension back
-                own = [f.unsqueeze(-1) if isinstance(f, Tensor) else f for f in own]
-        factors += own
-    return factors, tuple(layout)
+class _Inputs:
+    """What a program receives at one step, and which program it takes.
 
+    Attributes:
+        arguments: g, h and every member's factors, without those that are constants.
+        kinds: What the program has to know of each: an int for what it receives (the size of the last dimension, of a
+            tensor that is carried along rows; inverted where it has another dtype than g and h; ``_NUMBER`` for a
+            number), a string for a constant, None for what is not there.
+        layout: How many factors each member has, and of which inputs.
+    """
 
-def _kind(factor: Any, dtype: torch.dtype) -> int | str | None:
-    """What a program has to know of a factor: an int for what it receives at every step, a string for a constant."""
-    if isinstance(factor, Tensor):
-        last = factor.shape[-1] or 1 if factor.dim() else 1
-        return last if factor.dtype is dtype else ~last
-    if factor is None:
-        return None
-    return str(float(factor)) if factor in (1, -1) else _NUMBER
+    __slots__ = ("arguments", "dtype", "kinds", "layout", "rowwise")
+
+    def __init__(self, g: Tensor | None, h: Tensor | None, rowwise: bool) -> None:
+        self.arguments: list[Any] = []
+        self.kinds: list[int | str | None] = []
+        self.layout: list[Any] = []
+        self.dtype = (g if g is not None else h).dtype  # type: ignore[union-attr]
+        self.rowwise = rowwise
+        self._add((g, h))
+
+    def add_values(self, values: Sequence[Any]) -> None:
+        """What an operation along the last dimension needs."""
+        self.layout.append(len(values))
+        self._add(values)
+
+    def add_partials(self, partials: Partials, lift: bool = False) -> None:
+        """The derivatives of an elementwise operation; ``lift`` gives tensors the last dimension back."""
+        first, second = partials
+        self.layout.append((len(first), *second))
+        self._add(first, lift)
+        if second:
+            self._add(second.values(), lift)
+
+    def _add(self, factors: Iterable[Any], lift: bool = False) -> None:
+        arguments, kinds, dtype = self.arguments, self.kinds, self.dtype
+        for factor in factors:
+            if isinstance(factor, Tensor):
+                if factor.dtype is torch.bool:  # the sum of two masks would be another mask
+                    factor = factor.to(dtype)
+                if lift:
+                    factor = factor.unsqueeze(-1)
+                last = (factor.shape[-1] or 1) if self.rowwise and factor.dim() else 1
+                kinds.append(last if factor.dtype is dtype else ~last)
+                arguments.append(factor)
+            elif factor is None:
+                kinds.append(None)
+            elif factor == 1 or factor == -1:
+                kinds.append("1.0" if factor == 1 else "-1.0")
+            else:
+                kinds.append(_NUMBER)
+                arguments.append(factor)
+
+    def program_of(
+        self,
+        composite: Composite,
+        carry: Sequence[Callable[..., rows.Taylor] | None],
+        width: int,
+        whole: tuple[bool, ...],
+        whole_shared: tuple[bool, ...],
+    ) -> Callable[..., list[Any]]:
+        """The program for inputs of these kinds, written down when it is needed first."""
+        key = (tuple(self.kinds), tuple(self.layout), width, whole, whole_shared)
+        program = composite.programs.get(key)
+        if program is None:
+            if len(composite.programs) >= _MOST_PROGRAMS:
+                composite.programs.clear()
+            program = _written(composite, carry, self.layout, self.kinds, whole, whole_shared)
+            composite.programs[key] = program
+        return program
 
 
 def _written(
@@ -176,12 +241,11 @@ def _written(
         assert result is not None
         return result
 
-    rowwise = composite.rowwise
-    results: list[Any] = [
-        rows.curvature(carried(rows.source(row or not rowwise), ~source), g, h) for source, row in enumerate(whole)
-    ]
+    if not composite.rowwise:  # every tensor has its own entries
+        whole, whole_shared = (True,) * len(composite.sources), (True,) * len(composite.shared)
+    results: list[Any] = [rows.curvature(carried(rows.source(row), ~k), g, h) for k, row in enumerate(whole)]
     for place, row in zip(composite.shared, whole_shared, strict=True):
-        slope = carried(rows.source(row or not rowwise), place).first
+        slope = carried(rows.source(row), place).first
         results.append(None if g is None else rows.pulled(slope, g))
     one_dtype = all(kind >= 0 for kind in kinds if isinstance(kind, int))
     return program.compiled(received, results, fuse=one_dtype)
@@ -193,16 +257,21 @@ def _applied(
     return apply(inputs[0], *values)
 
 
-def _fits(
-    composite: Composite, operations: Sequence[Operation]
-) -> tuple[list[Callable[[Tensor], Tensor]], list[torch.Size]]:
-    """For each source, what brings a curvature to its shape and dtype; and the shape."""
+def _fits(composite: Composite, operations: Sequence[Operation]) -> list[Callable[[Tensor], Tensor]]:
+    """For each source, what brings a curvature to its shape and dtype."""
     fits: dict[int, Callable[[Tensor], Tensor]] = {}
-    shapes: dict[int, torch.Size] = {}
     for member, op in zip(composite.members, operations, strict=True):
         for i, entry in enumerate(member.wiring):
             if entry is not None and entry < 0 and ~entry not in fits:
                 fits[~entry] = fit_to_input(op, i)
+    return [fits[source] for source in range(len(composite.sources))]
+
+
+def _shapes(composite: Composite, operations: Sequence[Operation]) -> list[torch.Size]:
+    """The shape of each source."""
+    shapes: dict[int, torch.Size] = {}
+    for member, op in zip(composite.members, operations, strict=True):
+        for i, entry in enumerate(member.wiring):
+            if entry is not None and entry < 0:
                 shapes[~entry] = op.input_shape(i)
-    count = range(len(composite.sources))
-    return [fits[source] for source in count], [shapes[source] for source in count]
+    return [shapes[source] for source in range(len(composite.sources))]

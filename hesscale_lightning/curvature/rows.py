@@ -46,13 +46,14 @@ class RowOperation(NamedTuple):
         apply: From its input's derivatives, and its values, to its output's: algebra alone, see :mod:`.straight_line`.
         flat: Whether the output has lost the last dimension; None: as the input.
         mixes: Whether an output depends on several inputs.
-        values: The tensors that ``apply`` needs, computed at every step.
+        values: The tensors and numbers that ``apply`` needs and that may differ between graphs of one structure and row
+            length, computed at every step.
     """
 
     apply: Callable[..., Taylor]
     flat: bool | None
     mixes: bool
-    values: Callable[[], Sequence[Tensor]] = tuple
+    values: Callable[[], Sequence[Tensor | float]] = tuple
 
 
 #: Returns None for a use that is not along the last dimension.

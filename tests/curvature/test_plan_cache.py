@@ -128,6 +128,12 @@ VARIANTS: dict[str, Variant] = {
     "0 (a + b)": all_of(lambda a, b: 0.0 * (end(a) + end(b))),
     "a b + 0 a b, wanted a": some_of(0)(lambda a, b: end(a * b) + 0.0 * end(a * b)),
     "inner under 0": with_inner(lambda a, b: (end(a) + 0.0 * end((u := b.tanh()) * u), [u, a, b])),
+    "a / var": all_of(lambda a: end(a / (1 + a.var(-1, keepdim=True)))),
+    "a / var, correction 0": all_of(lambda a: end(a / (1 + a.var(-1, keepdim=True, correction=0)))),
+    "clamped": all_of(lambda a: end(a * a.clamp(-1.0, 0.3))),
+    "clamped elsewhere": all_of(lambda a: end(a * a.clamp(-0.2, 1.0))),
+    "a a^3": all_of(lambda a: end(a * (a * a) ** 1.5)),
+    "a a^2": all_of(lambda a: end(a * (a * a) ** 1.0)),
     # tensors inside the graph
     "inner": with_inner(lambda a, b: (end((u := a.tanh()) * b), [u])),
     "inner of two": with_inner(lambda a, b: (end(b * (u := a.tanh())), [u, a])),

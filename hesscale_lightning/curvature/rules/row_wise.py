@@ -131,14 +131,14 @@ def variance(op: Operation) -> RowOperation | None:
     weight = 2 / (width - correction)
     root = node._saved_result if node.name() == "StdBackward0" else None
 
-    def values() -> tuple[Tensor, ...]:
+    def values() -> tuple[Tensor | float, ...]:
         centered = full(x) - full(x).mean(-1, keepdim=True)
         if root is None:
-            return (centered * weight,)
+            return centered * weight, weight
         half = 0.5 / (full(root) if keepdim else full(root).unsqueeze(-1))
-        return centered * weight, half, -2 * half**3  # 1 / (2 s) and -1 / (4 s^3)
+        return centered * weight, weight, half, -2 * half**3  # 1 / (2 s) and -1 / (4 s^3)
 
-    def apply(u: Taylor, slopes: Symbol, *of_root: Symbol) -> Taylor:
+    def apply(u: Taylor, slopes: Symbol, weight: Factor, *of_root: Symbol) -> Taylor:
         first, second = (
             plus(t, scaled(summed(t, width, 1 / width), -1.0)) for t in (u.first, u.second)
         )  # the derivatives of x - mean
