@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -42,7 +43,7 @@ ACTOR_CRITIC_OFF_POLICY = OptimizerDefaults("hesscale", {"lr_scale": 10.0, "eps"
 
 
 def injected_by_a2c(optimizer_class: type[Optimizer] | None, optimizer_kwargs: Mapping[str, Any] | None) -> bool:
-    """Whether it was A2C that chose this optimizer, because nobody else had: its own RMSprop, to the letter."""
+    """Whether it was A2C that chose this optimizer, because nobody else had: RMSprop with A2C's options and any eps."""
     kwargs = dict(optimizer_kwargs or {})
     return (
         optimizer_class is torch.optim.RMSprop
@@ -71,12 +72,16 @@ class Resolved:
 
 
 def resolve(optimizer_class: Any, optimizer_kwargs: Mapping[str, Any] | None, defaults: OptimizerDefaults) -> Resolved:
-    """AdaHesScale with the defaults under the user's options, or what the user chose."""
+    """AdaHesScale, or one that is made of it, with the defaults under the user's options; or what the user chose."""
     if optimizer_class is None:
         optimizer_class = AdaHesScale
-    if optimizer_class is not AdaHesScale:
-        return Resolved(optimizer_class, None if optimizer_kwargs is None else dict(optimizer_kwargs), {})
     chosen = dict(optimizer_kwargs or {})
+    made_of, fixed = optimizer_class, set(chosen)
+    if isinstance(optimizer_class, partial):
+        made_of, fixed = optimizer_class.func, fixed | set(optimizer_class.keywords)
+    if not (isinstance(made_of, type) and issubclass(made_of, AdaHesScale)):
+        return Resolved(optimizer_class, None if optimizer_kwargs is None else chosen, {})
+    options = {name: value for name, value in defaults.optimizer_kwargs.items() if name not in fixed}
     # An option that the user sets for all networks is meant for the critic too.
-    critic = {name: value for name, value in defaults.critic.items() if name not in chosen}
-    return Resolved(optimizer_class, {**defaults.optimizer_kwargs, **chosen}, critic)
+    critic = {name: value for name, value in defaults.critic.items() if name not in fixed}
+    return Resolved(optimizer_class, {**options, **chosen}, critic)

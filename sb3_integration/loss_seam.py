@@ -116,8 +116,9 @@ class LossSeam:
             f"from a loss that was not computed from an output that {type(self.policy).__name__} has tagged. If you "
             "override evaluate_actions(), predict_values() or a network's forward(), return what super() returned, do "
             "not detach() it or rebuild it from numpy. If you wrote the training loop, compute one loss from that "
-            "output, and call the optimizer's own zero_grad() and then loss.backward(), not torch.autograd.grad(). To "
-            "train without curvature pass policy_kwargs=dict(optimizer_class=torch.optim.Adam)."
+            "output, and call the optimizer's own zero_grad() and then loss.backward(), not torch.autograd.grad(); "
+            "any other tensor on the way to a loss may be given to policy.seam.tag(). To train without curvature pass "
+            "policy_kwargs=dict(optimizer_class=torch.optim.Adam)."
         )
 
 

@@ -53,6 +53,15 @@ class HesScaleMixin(BasePolicy):
     _defaults: ClassVar[defaults.OptimizerDefaults]
     seam: LossSeam
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for base in cls.__mro__[: cls.__mro__.index(HesScaleMixin)]:
+            if issubclass(base, BasePolicy) and not issubclass(base, HesScaleMixin):
+                raise TypeError(
+                    f"{cls.__name__} names {base.__name__} before the mixin, which would then have no effect: write "
+                    "the mixin first, as in class MyPolicy(HesScaleActorCriticMixin, MyActorCriticPolicy)"
+                )
+
     def __init__(
         self,
         *args: Any,
@@ -207,9 +216,8 @@ class HesScaleActorCriticMixin(HesScaleMixin):
         }
 
     def evaluate_actions(self, *args: Any, **kwargs: Any) -> Any:
-        """As the policy's own; the values are tagged."""
-        values, *others = super().evaluate_actions(*args, **kwargs)  # type: ignore[misc]
-        return self.seam.tag(values), *others
+        """As the policy's own; values, log-probabilities and entropies are tagged, for losses made of any of them."""
+        return tuple(self.seam.tag(output) for output in super().evaluate_actions(*args, **kwargs))  # type: ignore[misc]
 
     def predict_values(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the policy's own; the values are tagged where they require grad."""

@@ -20,6 +20,18 @@ from hesscale_lightning.optim.tensor_lists import add_one, beside, multiply, nev
 from hesscale_lightning.optim.trust_region import flatten_statistics, trust_region_scale
 
 
+def _own_state(state_dict: StateDict) -> StateDict:
+    """The state dict, which has to be of this kind of optimizer."""
+    for state in state_dict["state"].values():
+        if state and "exp_avg_hess" not in state:
+            raise ValueError(
+                f"AdaHesScale cannot go on from the state of another optimizer: it needs exp_avg_hess, found "
+                f"{', '.join(sorted(map(str, state)))}. Load the network's parameters alone, and let the averages "
+                "start anew"
+            )
+    return state_dict
+
+
 @dataclass(slots=True)
 class _Averaging(Batch):
     """A batch and what its running averages move towards in this step."""
@@ -181,10 +193,13 @@ class AdaHesScale(Optimizer):
         """Load the optimizer's state.
 
         Unlike torch's own optimizers it keeps float32 averages of half-precision parameters at full precision.
+
+        Raises:
+            ValueError: if it is the state of another kind of optimizer. Nothing is loaded then.
         """
         loaded: StateDict = {}
         # Registered last, so it sees the dictionary as all other hooks have left it.
-        handle = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final))
+        handle = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(_own_state(final)))
         try:
             super().load_state_dict(state_dict)
         finally:

@@ -378,3 +378,27 @@ def test_half_precision_activations_under_autocast() -> None:
     for found, expected in zip(diagonals(loss, model), exact, strict=True):
         assert found.dtype == torch.float32
         assert float((found - expected).abs().sum()) <= 0.1 * float(expected.abs().sum())
+
+
+def test_a_single_sample_and_a_weight_made_of_other_tensors() -> None:
+    """With one sample every tensor is that sample's; a weight's own history still takes the whole curvature."""
+    torch.manual_seed(0)
+    w = torch.randn(1, 3, dtype=torch.float64).requires_grad_()
+    x, t = torch.randn(1, 3, dtype=torch.float64), torch.randn(1, 1, dtype=torch.float64)
+    (exact,) = exact_hess_diag(F.mse_loss(x @ w.T, t), [w])
+    backward(F.mse_loss(x @ w.T, t), method="hesscale_rank1")
+    torch.testing.assert_close(w.hess_diag, exact)
+
+
+def test_confidently_wrong_samples_keep_the_sign_in_float32() -> None:
+    """p_y is nearly zero there, and so is c: as a difference of numbers near one it would be rounding alone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+    x = torch.randn(8, 4)
+    with torch.no_grad():
+        model[2].weight *= 150
+        wrong = model(x).argmin(1)
+    backward(F.cross_entropy(model(x), wrong), method="hesscale_rank1")
+    h = model[0].weight.hess_diag
+    assert h.min() >= 0
+    assert h.max() < 1e-5

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
-from stable_baselines3 import PPO
+from stable_baselines3 import DQN, PPO
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import LinearSchedule
 from torch.optim import Optimizer
 
 from hesscale_lightning import AdaHesScale, StepSizeScaling
+from sb3_integration import HesScaleActorCriticMixin, HesScaleActorCriticPolicy, HesScaleDQNPolicy
 from sb3_integration.loss_seam import optimizers_of
 from tests.sb3.cases import CASES, Case, named
 
@@ -238,3 +241,53 @@ def test_other_optimizers_take_options_of_networks() -> None:
         "critic": (0.9, 0.999),
     }
     assert isinstance(model, PPO)
+
+
+class _OwnAdaHesScale(AdaHesScale):
+    """A user's variant."""
+
+
+@pytest.mark.parametrize("optimizer_class", [_OwnAdaHesScale, functools.partial(AdaHesScale, eps=1e-7)])
+def test_variants_of_adahesscale_keep_the_algorithms_defaults(optimizer_class: Any) -> None:
+    plain = PPO(HesScaleActorCriticPolicy, "CartPole-v1", device="cpu")
+    varied = PPO(
+        HesScaleActorCriticPolicy, "CartPole-v1", device="cpu", policy_kwargs={"optimizer_class": optimizer_class}
+    )
+    for group, expected in zip(varied.policy.optimizer.param_groups, plain.policy.optimizer.param_groups, strict=True):
+        assert {k: group[k] for k in ("lr_scale", "delta")} == {k: expected[k] for k in ("lr_scale", "delta")}
+    if isinstance(optimizer_class, functools.partial):
+        assert varied.policy.optimizer.param_groups[0]["eps"] == 1e-7
+
+
+def test_the_state_of_another_optimizer_is_refused_before_anything_is_loaded() -> None:
+    kwargs: dict[str, Any] = {"device": "cpu", "learning_starts": 8, "seed": 0}
+    adam = DQN("MlpPolicy", "CartPole-v1", **kwargs).learn(40)
+    ours = DQN(HesScaleDQNPolicy, "CartPole-v1", **kwargs)
+    with pytest.raises(ValueError, match="exp_avg_sq"):
+        ours.policy.optimizer.load_state_dict(adam.policy.optimizer.state_dict())
+    assert not ours.policy.optimizer.state
+
+
+def test_a_mixin_in_the_second_place_is_refused() -> None:
+    with pytest.raises(TypeError, match="write the mixin first"):
+
+        class Wrong(ActorCriticPolicy, HesScaleActorCriticMixin):
+            pass
+
+
+def test_a_frozen_critic_leaves_the_actors_loss_its_curvature() -> None:
+    model = PPO(HesScaleActorCriticPolicy, "CartPole-v1", n_steps=16, batch_size=16, device="cpu")
+    for module in (model.policy.value_net, model.policy.mlp_extractor.value_net):
+        module.requires_grad_(False)
+    before = model.policy.action_net.weight.detach().clone()
+    model.learn(16)
+    assert not torch.equal(before, model.policy.action_net.weight)
+
+
+def test_behaviour_cloning_through_evaluate_actions_has_curvature() -> None:
+    policy = PPO(HesScaleActorCriticPolicy, "CartPole-v1", device="cpu").policy
+    _, log_prob, _ = policy.evaluate_actions(torch.randn(8, 4), torch.randint(2, (8,)))
+    policy.optimizer.zero_grad()
+    (-log_prob.mean()).backward()
+    assert policy.action_net.weight.hess_diag is not None
+    policy.optimizer.step()

@@ -8,6 +8,9 @@ from torch import Tensor
 _EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
 _TINY = torch.finfo(torch.float32).tiny
 
+#: How many units of rounding a difference of two equal sums over classes may be off by.
+_ROUNDING = 32
+
 #: Taken from a row's total before something is divided by it, for the rows in which both are zero.
 _HARMLESS = torch.tensor(1e-20)
 
@@ -59,10 +62,12 @@ class SoftmaxHead:
         total: ``-w``, a column.
         others: ``w p`` apart from the picked class, where the loss is a function of one log-probability in each row;
             None: it is not.
+        chosen: ``-w p_y``, a column, of the picked class; None: as for ``others``.
         passed: The diagonal that comes from above beside H; None: none.
     """
 
-    __slots__ = ("others", "p", "passed", "total")
+    __slots__ = ("chosen", "others", "p", "passed", "total")
+    chosen: Tensor | None
     p: Tensor
     total: Tensor
     others: Tensor | None
@@ -71,9 +76,9 @@ class SoftmaxHead:
     def split(self, g: Tensor) -> tuple[Tensor, Tensor]:
         """``c``, a column, and the number that :meth:`through` needs beside it.
 
-        With t = 1 at the picked class y alone ``c = p_y / ((1 - p_y) w) = 1/s - 1/w``, where ``s = w (1 - p_y)`` is the
-        sum over the others: no difference of nearly equal numbers. Otherwise ``c = 1 / sum(g^2 / (w p))``, kept from
-        outgrowing what the rounding of g allows.
+        With t = 1 at the picked class y alone ``c = p_y / ((1 - p_y) w) = p_y / s``, where ``s = w (1 - p_y)`` is the
+        sum over the others: no difference of nearly equal numbers, wherever p_y lies. Otherwise ``c = 1 / sum(g^2 / (w
+        p))``, kept from outgrowing what the rounding of g allows.
 
         Args:
             g: The gradient at the softmax's input, a row for each of its rows.
@@ -82,10 +87,10 @@ class SoftmaxHead:
         if self.total.dim() != 2:
             self._flatten()
         total, p = self.total, self.p
-        if self.others is not None:
+        if self.others is not None and self.chosen is not None:
             total = total - _HARMLESS
             scale = self.others.sum(1, True).sub_(total, alpha=eps).reciprocal_()
-            return total.reciprocal_().add_(scale), scale
+            return self.chosen / total * scale, scale
         fit = (g * g).div_(p.clamp(min=_TINY)).sum(1, True)
         scale = torch.maximum(fit, (total * total).mul_(eps)).clamp_(min=_TINY).reciprocal_()
         return -scale * total, scale
@@ -103,7 +108,10 @@ class SoftmaxHead:
         """
         square = weight * weight
         if self.others is not None:
-            rest = self.others.mm(square).addcmul_(self.others.mm(weight).square_(), scale, value=-1)
+            first = self.others.mm(square)
+            rest = torch.addcmul(first, self.others.mm(weight).square_(), scale, value=-1)
+            # It has the sign of the first term and vanishes for two classes: what rounding leaves there is none.
+            rest = rest.where(rest / first > _ROUNDING * _EPS[first.dtype], 0.0)
         else:
             rest = self.p.mm(square).sub_(self.p.mm(weight).square_())
             rest.addcmul_(g.mm(weight).square_(), scale, value=-1).clamp_(min=0).mul_(-self.total)
@@ -114,6 +122,7 @@ class SoftmaxHead:
         shape = (-1, self.p.shape[-1])
         self.total, self.p = self.total.reshape(-1, 1), self.p.reshape(shape)
         self.others = None if self.others is None else self.others.reshape(shape)
+        self.chosen = None if self.chosen is None else self.chosen.reshape(-1, 1)
         self.passed = None if self.passed is None else self.passed.reshape(shape)
 
 

@@ -288,7 +288,9 @@ class _Decisions:
         kind: Any = "diagonal" if state.kind == "diagonal" and (keeps or inner == 1) else "estimate"
         proposed = []
         for i, target in enumerate(step.targets):
-            found = layout.inner_of_input(op, step.rule, i, self._samples[below], inner) if target >= 0 else None
+            # Of a linear layer only the rows take the remainder: a weight made of others gets the whole.
+            goes_on = target >= 0 and (not linear or i == len(step.targets) - 2)
+            found = layout.inner_of_input(op, step.rule, i, self._samples[below], inner) if goes_on else None
             proposed.append(PLAIN if found is None else State(below, found, kind))
         outputs = 1 if step.outputs is None else len(step.outputs)
         use = Use("linear" if linear else "any", [False] * len(step.targets), part, [inner] * outputs, made, head)

@@ -196,6 +196,7 @@ def log_softmax(probabilities: Callable[[], Tensor], met: Met, picked: bool) -> 
         total = g.sum(-1, True)
         head.p, head.total = p, total
         head.others = (g - total).mul_(p) if picked else None
+        head.chosen = (g * p).sum(-1, True) if picked else None
         made = torch.addcmul(p, p, p, value=-1).mul_(total).neg_()
         if h is None:
             head.passed = None
