@@ -216,8 +216,11 @@ class HesScaleActorCriticMixin(HesScaleMixin):
         }
 
     def evaluate_actions(self, *args: Any, **kwargs: Any) -> Any:
-        """As the policy's own; values, log-probabilities and entropies are tagged, for losses made of any of them."""
-        return tuple(self.seam.tag(output) for output in super().evaluate_actions(*args, **kwargs))  # type: ignore[misc]
+        """As the policy's own; the values are tagged, or what goes with them if the critic is frozen."""
+        values, *others = super().evaluate_actions(*args, **kwargs)  # type: ignore[misc]
+        if values.requires_grad:  # one tag is enough, and each makes the operations after it dearer
+            return self.seam.tag(values), *others
+        return values, *(self.seam.tag(output) for output in others)
 
     def predict_values(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the policy's own; the values are tagged where they require grad."""

@@ -284,10 +284,10 @@ def test_a_frozen_critic_leaves_the_actors_loss_its_curvature() -> None:
     assert not torch.equal(before, model.policy.action_net.weight)
 
 
-def test_behaviour_cloning_through_evaluate_actions_has_curvature() -> None:
+def test_a_loss_of_log_probabilities_alone_has_curvature_where_they_are_tagged() -> None:
     policy = PPO(HesScaleActorCriticPolicy, "CartPole-v1", device="cpu").policy
     _, log_prob, _ = policy.evaluate_actions(torch.randn(8, 4), torch.randint(2, (8,)))
     policy.optimizer.zero_grad()
-    (-log_prob.mean()).backward()
+    (-policy.seam.tag(log_prob).mean()).backward()
     assert policy.action_net.weight.hess_diag is not None
     policy.optimizer.step()
