@@ -146,7 +146,9 @@ def train(run: Run, policy_kwargs: dict[str, Any] | None = None) -> dict[str, An
     broken = ""
     try:
         model.learn(run.steps, callback=returns)
-    except ValueError as error:  # torch refuses a distribution of NaN: the parameters have exploded
+    except ValueError as error:  # torch refuses a distribution of NaN
+        if all(bool(param.isfinite().all()) for param in model.policy.parameters()):
+            raise  # that was something else
         broken = str(error).splitlines()[0]
     seconds = time.perf_counter() - start
     env.close()

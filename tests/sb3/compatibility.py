@@ -7,17 +7,12 @@ runs every case of :mod:`.cases` in float64 and replaces the text between the pa
 
 from __future__ import annotations
 
-import argparse
 import re
-from pathlib import Path
-
-import torch
 
 from tests.sb3.cases import CASES, Case
 from tests.sb3.exactness import TOLERANCE, inexact, output_errors
+from tests.sb3.page import write
 
-PAGE = Path(__file__).parents[2] / "docs" / "reinforcement_learning.md"
-START, END = "<!-- generated: compatibility -->", "<!-- end -->"
 HEAD = [
     "| algorithm | actions | runs | settings | exact at the output | largest relative error |",
     "|---|---|---|---|---|---|",
@@ -57,25 +52,5 @@ def without_measurements(text: str) -> str:
     return re.sub(r"[^|\n]*\|$", "|", text, flags=re.MULTILINE)
 
 
-def on_page(page: Path = PAGE) -> str:
-    """The table as the page has it."""
-    found = re.search(f"{START}\n(.*?){END}", page.read_text(), flags=re.DOTALL)
-    if found is None:
-        raise ValueError(f"{page} has no text between {START} and {END}")
-    return found[1]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, help="page whose table is replaced; without it the table is printed")
-    page = parser.parse_args().write
-    torch.set_num_threads(1)
-    text = table()
-    if page is None:
-        print(text)  # noqa: T201
-    else:
-        page.write_text(page.read_text().replace(f"{START}\n{on_page(page)}{END}", f"{START}\n{text}{END}"))
-
-
 if __name__ == "__main__":
-    main()
+    write("compatibility", table, __doc__)

@@ -5,14 +5,9 @@ python -m tests.sb3.defaults_table --write docs/reinforcement_learning.md
 
 from __future__ import annotations
 
-import argparse
-import re
-from pathlib import Path
-
 from sb3_integration import defaults
+from tests.sb3.page import write
 
-PAGE = Path(__file__).parents[2] / "docs" / "reinforcement_learning.md"
-START, END = "<!-- generated: defaults -->", "<!-- end -->"
 FAMILIES = {
     "PPO and its relatives, TRPO": defaults.PPO,
     "A2C": defaults.A2C,
@@ -36,23 +31,5 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def on_page(page: Path = PAGE) -> str:
-    """The table as the page has it."""
-    found = re.search(f"{START}\n(.*?){END}", page.read_text(), flags=re.DOTALL)
-    if found is None:
-        raise ValueError(f"{page} has no text between {START} and {END}")
-    return found[1]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, help="page whose table is replaced; without it the table is printed")
-    page = parser.parse_args().write
-    if page is None:
-        print(table())  # noqa: T201
-    else:
-        page.write_text(page.read_text().replace(f"{START}\n{on_page(page)}{END}", f"{START}\n{table()}{END}"))
-
-
 if __name__ == "__main__":
-    main()
+    write("defaults", table, __doc__)

@@ -106,12 +106,22 @@ def test_the_pictures_are_drawn(tmp_path: Path) -> None:
 def test_a_run_that_breaks_down_counts_as_its_worst_episode(monkeypatch: pytest.MonkeyPatch) -> None:
     def learn(self: Any, steps: int, callback: Any) -> None:
         callback.episodes += [(10, 30.0), (20, 9.0), (30, 12.0)]
+        self.policy.value_net.bias.data.fill_(float("nan"))
         raise ValueError("Expected parameter logits to be finite\nmore")
 
     monkeypatch.setattr(PPO, "learn", learn)
     row = compare.train(compare.Run(*PAIR, "adam", 1.0, 0, 32))
     assert row["score"] == 9.0
     assert row["broken"] == "Expected parameter logits to be finite"
+
+
+def test_another_error_is_not_taken_for_a_breakdown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def learn(self: Any, steps: int, callback: Any) -> None:
+        raise ValueError("not about parameters")
+
+    monkeypatch.setattr(PPO, "learn", learn)
+    with pytest.raises(ValueError, match="not about parameters"):
+        compare.train(compare.Run(*PAIR, "adam", 1.0, 0, 32))
 
 
 def test_the_page_quotes_the_stored_results() -> None:
