@@ -1,92 +1,36 @@
 """Which rule propagates curvature through which operation.
 
-A *rule* is bound to the name of an autograd node. It works in two steps, because a node's saved tensors are gone once
-backward has passed it:
-
-1. when a loss is attached, the rule is called once for every node of its kind with an :class:`Operation`; it takes from
-   the node what the formula needs, and refuses here what it cannot do;
-2. it returns the *formula*, a function that the engine calls during backward with the curvature of the operation's
-   output (and the gradient, if the rule is ``curved``) and that returns the curvature of each input.
+A *rule* is bound to the name of an autograd node. It is a function of one use of the operation, whose saved tensors and
+numbers it names, of the gradient ``g`` and of the curvature ``h`` at its output; its text is the formula, and it
+returns the curvature of each input. It is run as it stands on tensors, and on symbols to write it into a program.
 
 Built-in rules and users' rules are registered by the same function and treated alike.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+from hesscale_lightning.curvature.elementwise import alone, partials_of
+from hesscale_lightning.curvature.graph import Node, path
+from hesscale_lightning.curvature.operation import Operation, UnsupportedOperationError
+from hesscale_lightning.curvature.values import ZERO, Value
 
-from hesscale_lightning.curvature.graph import AccumulateGrad, Node, path
+RuleFunction = Callable[..., Any]
 
-#: Curvature of each input, in the order of ``node.next_functions``; None stands for exactly zero.
-Diagonals = Sequence[Tensor | None]
-Formula = Callable[..., Diagonals]
-
-#: First derivatives by each input (None: not known, because that input needs none) and second derivatives by pairs.
+# TRANSITION: the old form, until every family has moved.
+Diagonals = Sequence[Any]
+Formula = Callable[..., Any]
 Partials = tuple[Sequence[Any], Mapping[tuple[int, int], Any]]
-PartialsRule = Callable[["Operation"], Callable[[bool], Partials]]
-
-
-class UnsupportedOperationError(NotImplementedError):
-    """A loss contains an operation through which no registered rule carries curvature."""
-
-
-class Operation:
-    """One use of an operation in a graph, as a rule sees it while the loss is being attached.
-
-    Attributes:
-        node: The autograd node, with its saved tensors alive.
-        needs: For every input, whether it leads to a wanted tensor. A formula may return None for the others.
-        transposed: For every input, whether it is the transpose of the tensor that receives the curvature. A rule that
-            returns the curvature of that tensor directly says so by setting its entry to False; for other rules the
-            engine transposes.
-        method: ``"hesscale"``, ``"hesscale_gn"``, ``"hesscale_rank1"`` or ``"bl89"``.
-        curved: Whether the formula takes the gradient, as registered; a rule may set it to False for a use that has no
-            second derivative, which spares a hook. Its formula is then called as ``formula(h)``.
-    """
-
-    __slots__ = ("_following", "curved", "method", "needs", "node", "transposed")
-
-    def __init__(
-        self, node: Node, following: Any, needs: list[bool], transposed: list[bool], method: str, curved: bool
-    ) -> None:
-        self.node = node
-        self._following = following
-        self.curved = curved
-        self.needs = needs
-        self.transposed = transposed
-        self.method = method
-
-    def input_shape(self, i: int) -> torch.Size:
-        """Shape of input ``i``: what a curvature must be summed to where the forward pass broadcast."""
-        child, output = self._following[i]
-        if type(child) is AccumulateGrad:
-            shape: torch.Size = child.variable.shape
-            return shape
-        return torch.Size(child._input_metadata[output].shape)
-
-    def input_meta(self, i: int) -> tuple[torch.dtype, torch.device]:
-        """Dtype and device of input ``i``."""
-        child, output = self._following[i]
-        meta = child.variable if type(child) is AccumulateGrad else child._input_metadata[output]
-        return meta.dtype, meta.device
-
-    def output_shape(self, i: int = 0) -> torch.Size:
-        """Shape of output ``i``."""
-        return torch.Size(self.node._input_metadata[i].shape)
-
-    def unsupported(self, why: str) -> UnsupportedOperationError:
-        """The error to raise when the operation is known but this use of it is not supported."""
-        return UnsupportedOperationError(f"{self.node.name()}: {why}")
+PartialsRule = Callable[[Operation], Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How curvature passes one kind of operation. See :func:`register_rule` for the fields."""
+    """TRANSITION: the old form, that new rules are brought to."""
 
     name: str
     build: Callable[[Operation], Formula]
@@ -97,6 +41,54 @@ class Rule:
     bilinear: bool
     reduces: bool
     approximate: str
+    function: RuleFunction | None = None
+
+
+def _bridged(carry: Any, curved: Any, multi: bool, check: Any, prepare: Any) -> Callable[[Operation], Formula]:
+    def makes(op: Operation) -> bool:
+        if isinstance(curved, bool):
+            return curved
+        if callable(curved):
+            return bool(curved(op))
+        return any(op.needs[i] for i in curved if i < len(op.needs))
+
+    def zeros(x: Any, op: Operation) -> Any:
+        if multi:
+            return (ZERO,) * op.outputs() if x is None else tuple([ZERO if e is None else e for e in x])
+        return ZERO if x is None else x
+
+    def build(op: Operation) -> Formula:
+        if check is not None:
+            check(op)
+        if prepare is not None:
+            op.prepared = prepare(op)
+        op.curved = makes(op)
+        op.keep()
+
+        def formula(g: Any, h: Any) -> Any:
+            results = carry(op, zeros(g, op), zeros(h, op))
+            if not isinstance(results, (tuple, list)):
+                results = (results,)
+            return [None if r is ZERO or r is None or r is False else r for r in results]
+
+        return formula if op.curved else lambda h: formula(None, h)
+
+    build.__module__ = carry.__module__
+    return build
+
+
+def _bridged_partials(derivatives: Any) -> Any:
+    def partials(op: Operation) -> Any:
+        op.keep()
+
+        def of(curved: bool) -> Any:
+            first, second = derivatives(op)
+            return tuple([None if f is ZERO else f for f in first]), second
+
+        return of
+
+    partials.__module__ = derivatives.__module__
+    return partials
 
 
 _rules: dict[str, Rule] = {}
@@ -106,43 +98,58 @@ _rule_of_type: dict[type, Rule] = {}  # generated nodes have a Python type each,
 
 def register_rule(
     *names: str,
-    curved: bool = False,
+    elementwise: bool = False,
+    curved: bool | Sequence[int] | Callable[[Operation], bool] | None = None,
     multi_output: bool = False,
     view: bool = False,
-    partials: PartialsRule | None = None,
+    partials: RuleFunction | None = None,
     bilinear: bool = False,
     reduces: bool = False,
     approximate: str = "",
-) -> Callable[[Callable[[Operation], Formula]], Callable[[Operation], Formula]]:
+    check: Callable[[Operation], None] | None = None,
+    prepare: Callable[[Operation], Any] | None = None,
+) -> Callable[[RuleFunction], RuleFunction]:
     """Registers how curvature passes an operation, by the name of its autograd node.
 
-    With ``y = f(x)``, ``g = dL/dy`` and ``h ~ diag(d2L/dy2)``, the formula must return for each input
+    With ``y = f(x)``, ``g = dL/dy`` and ``h ~ diag(d2L/dy2)``, a rule returns for each input
 
         ``h_x = sum_j (dy_j/dx)^2 h_j + sum_j g_j d2y_j/dx^2``
 
-    The decorated function receives an :class:`Operation` when a loss is attached, takes what it needs from
-    ``operation.node`` (``node._saved_x``; for a ``torch.autograd.Function`` its context, ``node.saved_tensors``), and
-    returns the formula. The formula of a plain rule is called as ``formula(h)``, and only where ``h`` is not zero. The
-    formula of a ``curved`` rule is called as ``formula(g, h)`` where either may be None: ``h`` if it is exactly zero,
-    ``g`` if the second-derivative term is dropped (Gauss-Newton inside the network). Gradients are off in a formula,
-    and it must return new tensors or views of ``h``, never ``g`` itself. A later registration replaces an earlier one.
+    The decorated function is one of these:
+
+    - ``rule(op, h)``, for an operation without second derivatives; called only where ``h`` is not zero;
+    - ``rule(op, g, h)``, where there are some. Either may be ``ZERO``: ``h`` where no curvature arrives, as directly
+      below the loss, ``g`` where the second-derivative term is dropped (Gauss-Newton inside the network). Zero adds
+      nothing and takes products with it, so that a formula need not ask;
+    - ``rule(op)`` with ``elementwise=True``, which returns ``f', f''`` (None: zero wherever it exists), or for several
+      inputs their derivatives, and those by pairs ``{(i, j): f_ij}`` with ``i <= j``, where a pair left out is zero.
+
+    ``op`` is an :class:`Operation`: ``op.tensor(name)`` and ``op.number(name)`` are what the node has saved. A rule
+    returns one tensor for each input (alone, if there is one input), None or ``ZERO`` where it is zero. It must not
+    change a tensor in place, and must not decide by a tensor's values, only by shapes and numbers; what cannot be
+    written so goes into a function decorated with ``opaque``. A later registration replaces an earlier one.
 
     Args:
         names: Names of autograd nodes, as ``tensor.grad_fn.name()`` prints them. For a ``torch.autograd.Function``
             called ``Scale`` it is ``"ScaleBackward"``.
-        curved: The operation has a second derivative, so its formula needs the gradient.
+        elementwise: Every output entry depends on one entry of each input, up to broadcasting. The engine can then join
+            it with its neighbours where paths meet.
+        curved: By which inputs there is a second derivative: True, False, their numbers, or a function that tells of an
+            operation. None takes it from the function: True where it is called with ``g``, and for elementwise ones.
         multi_output: The operation has several differentiable outputs; ``g`` and ``h`` are then tuples with an entry
-            (or None) for each.
+            (or ``ZERO``) for each.
         view: The operation only rearranges or casts one tensor. A parameter stays a parameter behind it, which decides
             where Gauss-Newton stops keeping second derivatives.
-        partials: For an elementwise operation its derivatives, so that the engine can join it with its neighbours where
-            paths meet; see ``hesscale_lightning.curvature.elementwise``, which registers such operations by these
-            alone.
+        partials: What ``rule(op)`` would return under ``elementwise=True``, where a faster rule for the operation
+            standing alone is decorated.
         bilinear: The operation has mixed second derivatives in two of its inputs, as a product has. They play no part
             in a rule; the coverage report tells where they are lost because both inputs come from one tensor.
-        reduces: For an operation with partials, whether its entries may also be summed, as by a loss: paths may meet in
-            it, but it is not joined with what follows.
+        reduces: For an elementwise operation, whether its entries may also be summed, as by a loss: paths may meet in
+            it, but it is not joined with what follows. The sum's factors belong to the partials.
         approximate: What the formula leaves out, if it is not exact; shown by the coverage report.
+        check: Called with the operation when a loss is attached; raises ``op.unsupported(why)`` for a use that the rule
+            cannot do, before any gradient is written. Like a rule it decides by shapes and numbers.
+        prepare: Called likewise, at every attach; what it returns is ``op.prepared``. For what must look at values.
 
     Example:
         >>> import torch
@@ -156,22 +163,55 @@ def register_rule(
         ...     def backward(ctx, grad):
         ...         return grad * ctx.factor, None
         >>> @register_rule("ScaleBackward")
-        ... def scale(operation):
-        ...     factor = operation.node.factor
-        ...     return lambda h: (h * factor**2,)  # one entry for each tensor that the function takes
+        ... def scale(op, h):
+        ...     return h * op.number("factor") ** 2
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
         >>> backward(Scale.apply(w, 3.0).square().sum())
         >>> w.hess_diag
         tensor([18., 18.])
     """
 
-    def register(build: Callable[[Operation], Formula]) -> Callable[[Operation], Formula]:
+    def register(function: RuleFunction) -> RuleFunction:
+        arguments = len(inspect.signature(function).parameters)
+        legacy = arguments == 1 and not elementwise
+        if legacy:
+            for name in names:
+                _rules[name] = Rule(
+                    name, function, bool(curved), multi_output, view, partials, bilinear, reduces, approximate
+                )
+            _rule_of_type.clear()
+            for listener in _listeners:
+                listener()
+            return function
+        derivatives: Any = None
+        if elementwise:
+            derivatives = partials_of(function)
+            carry = alone(derivatives)
+        elif arguments == 3:
+            carry = function
+        elif arguments == 2:
+            carry = _without_gradient(function)
+        else:
+            raise TypeError(
+                f"a rule is a function (op, h), or (op, g, h) if it needs the gradient, or (op) with elementwise=True; "
+                f"{getattr(function, '__name__', function)!r} takes {arguments} arguments"
+            )
+        if partials is not None:
+            derivatives = partials_of(partials)
+        bends = curved if curved is not None else arguments == 3 or elementwise
         for name in names:
-            _rules[name] = Rule(name, build, curved, multi_output, view, partials, bilinear, reduces, approximate)
+            build = _bridged(carry, bends, multi_output, check, prepare)
+            build.__module__ = function.__module__
+            bridged = None if derivatives is None else _bridged_partials(derivatives)
+            if bridged is not None:
+                bridged.__module__ = function.__module__
+            _rules[name] = Rule(
+                name, build, bends is not False, multi_output, view, bridged, bilinear, reduces, approximate, function
+            )
         _rule_of_type.clear()
         for listener in _listeners:
             listener()
-        return build
+        return function
 
     if not names:
         raise ValueError('register_rule needs at least one node name, for example register_rule("TanhBackward0")')
@@ -181,6 +221,13 @@ def register_rule(
                 f"register_rule takes names of autograd nodes, got {name!r}; use it as @register_rule('Name')"
             )
     return register
+
+
+def _without_gradient(function: RuleFunction) -> Callable[[Operation, Value, Value], Any]:
+    def carry(op: Operation, g: Value, h: Value) -> Any:
+        return ZERO if h is ZERO else function(op, h)
+
+    return carry
 
 
 def on_registration(listener: Callable[[], None]) -> None:

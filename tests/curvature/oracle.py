@@ -11,6 +11,8 @@ from torch import Tensor
 
 from hesscale_lightning.curvature import backward, exact_local_diag, register_rule
 from hesscale_lightning.curvature.graph import trace
+from hesscale_lightning.curvature.operation import Operation
+from hesscale_lightning.curvature.values import ZERO
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,11 @@ class Probe(torch.autograd.Function):
         return (None, *ctx.g, *([None] * (2 * ctx.count)))
 
 
-@register_rule("ProbeBackward", curved=True)
-def probe(operation: Any) -> Any:
-    count = operation.node.count
-    h = [h if h.any() else None for h in operation.node.h]
-    return lambda _, __: (*h, *([None] * (2 * count)))
+@register_rule("ProbeBackward", prepare=lambda op: [bool(h.any()) for h in op.node.h])
+def probe(op: Operation, g: Any, h: Any) -> Any:
+    """What was given to the probe; nothing where that is zero, as directly below a loss."""
+    count = op.number("count")
+    return (*[t if there else ZERO for t, there in zip(op.tensors("h"), op.prepared, strict=True)], *[None] * 2 * count)
 
 
 def node_names(loss: Tensor) -> set[str]:

@@ -6,70 +6,51 @@ second derivative in one operand.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from hesscale_lightning.curvature.precision import full, squared
-from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, register_rule
+from hesscale_lightning.curvature.operation import Operation
+from hesscale_lightning.curvature.precision import full
+from hesscale_lightning.curvature.registry import Diagonals, Formula, register_rule
+from hesscale_lightning.curvature.values import Value
 
 
-def _right_operand(a: Tensor, h: Tensor, transposed: bool) -> Tensor:
-    """``(A^2)^T h``, or its transpose: made the way round that leaves a weight's curvature laid out like the weight."""
-    return h.t().mm(squared(a)) if transposed else squared(a).t().mm(h)
+def squared(x: Value) -> Value:
+    """``x * x``."""
+    return x * x
 
 
 @register_rule("MmBackward0", bilinear=True)
-def mm(op: Operation) -> Formula:
-    a, b = op.node._saved_self, op.node._saved_mat2  # None where the other operand needs no gradient
-    need_a, need_b = op.needs
-    transposed = op.transposed[1]
-    op.transposed[1] = False
-
-    def formula(h: Tensor) -> Diagonals:
-        return (
-            h.mm(squared(b).t()) if need_a else None,
-            _right_operand(a, h, transposed) if need_b else None,
-        )
-
-    return formula
+def mm(op: Operation, h: Value) -> Sequence[Value]:
+    """``Y = A B``."""
+    a, b = op.input(0, "self"), op.input(1, "mat2")  # None where the other operand needs no gradient
+    return (
+        h @ squared(b).t() if op.need(0) else None,
+        squared(a).t() @ h if op.need(1) else None,
+    )
 
 
 @register_rule("AddmmBackward0", bilinear=True)
-def addmm(op: Operation) -> Formula:
+def addmm(op: Operation, h: Value) -> Sequence[Value]:
     """``Y = beta C + alpha A B``."""
-    a, b = op.node._saved_mat1, op.node._saved_mat2
-    alpha, beta = op.node._saved_alpha, op.node._saved_beta
-    need_c, need_a, need_b = op.needs
-    shape = op.input_shape(0) if need_c else torch.Size()
-    transposed = op.transposed[2]
-    op.transposed[2] = False
-
-    def formula(h: Tensor) -> Diagonals:
-        h_c = h_a = h_b = None
-        if need_c:
-            h_c = h.sum(0) if len(shape) == 1 and shape[0] == h.shape[1] else h.sum_to_size(shape)
-            if beta != 1:
-                h_c = h_c * beta**2
-        if alpha != 1:
-            h = h * alpha**2
-        if need_a:
-            h_a = h.mm(squared(b).t())
-        if need_b:
-            h_b = _right_operand(a, h, transposed)
-        return h_c, h_a, h_b
-
-    return formula
+    a, b = op.input(1, "mat1"), op.input(2, "mat2")
+    scaled = h * op.number("alpha") ** 2
+    return (
+        h.sum_to_size(op.input_shape(0)) * op.number("beta") ** 2 if op.need(0) else None,
+        scaled @ squared(b).t() if op.need(1) else None,
+        squared(a).t() @ scaled if op.need(2) else None,
+    )
 
 
 @register_rule("BmmBackward0", bilinear=True)
-def bmm(op: Operation) -> Formula:
-    a, b = op.node._saved_self, op.node._saved_mat2
-    need_a, need_b = op.needs
-    return lambda h: (
-        h.bmm(squared(b).mT) if need_a else None,
-        squared(a).mT.bmm(h) if need_b else None,
+def bmm(op: Operation, h: Value) -> Sequence[Value]:
+    """``Y_k = A_k B_k``."""
+    a, b = op.input(0, "self"), op.input(1, "mat2")
+    return (
+        h @ squared(b).mT if op.need(0) else None,
+        squared(a).mT @ h if op.need(1) else None,
     )
 
 

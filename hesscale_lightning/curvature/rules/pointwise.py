@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from hesscale_lightning.curvature.elementwise import elementwise
 from hesscale_lightning.curvature.precision import full
 from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, Partials, register_rule
+from hesscale_lightning.curvature.values import Value
 
 Derivative = Callable[[Tensor], Tensor]
 
@@ -49,46 +51,33 @@ def unary(
 _threshold_backward = torch.ops.aten.threshold_backward.default
 
 
-def _relu(op: Operation) -> Formula:
-    y = op.node._saved_result
-    return lambda h: (_threshold_backward(h, full(y), 0),)
+def _relu(op: Operation) -> Any:
+    """Slope 1 above zero."""
+    return ~(op.output("result") <= 0), None
 
 
-def _tanh(op: Operation) -> Formula:
-    """With ``s = 1 - y^2``: ``s (s h - 2 y g)``."""
-    result = op.node._saved_result
-
-    def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
-        y = full(result)
-        square = y * y
-        inner = None if h is None else torch.addcmul(h, h, square, value=-1)
-        if g is not None:
-            inner = (y * g).mul_(-2) if inner is None else inner.addcmul_(y, g, value=-2)
-        assert inner is not None  # one of them is there
-        return (inner.addcmul_(inner, square, value=-1),)
-
-    return formula
+@register_rule("ReluBackward0", partials=_relu, curved=False)
+def relu(op: Operation, h: Value) -> Value:
+    """``h`` where ``y > 0``."""
+    return _threshold_backward(h, op.output("result"), 0)
 
 
-def _sigmoid(op: Operation) -> Formula:
-    """With ``s = y (1 - y)``: ``s (s h + (1 - 2 y) g)``."""
-    result = op.node._saved_result
-
-    def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
-        y = full(result)
-        slope = torch.addcmul(y, y, y, value=-1)
-        inner = None if g is None else torch.addcmul(g, y, g, value=-2)
-        if h is not None:
-            inner = slope * h if inner is None else inner.addcmul_(slope, h)
-        assert inner is not None  # one of them is there
-        return (inner.mul_(slope),)
-
-    return formula
+@register_rule("TanhBackward0", elementwise=True)
+def tanh(op: Operation) -> Any:
+    """With ``s = 1 - y^2``: ``s`` and ``-2 y s``."""
+    y = op.output("result")
+    s = 1 - y * y
+    return s, -2 * y * s
 
 
-unary("ReluBackward0", "result", lambda y: ~(y <= 0), None, _relu)
-unary("TanhBackward0", "result", lambda y: 1 - y * y, lambda y: -2 * y * (1 - y * y), _tanh)
-unary("SigmoidBackward0", "result", lambda y: y * (1 - y), lambda y: y * (1 - y) * (1 - 2 * y), _sigmoid)
+@register_rule("SigmoidBackward0", elementwise=True)
+def sigmoid(op: Operation) -> Any:
+    """With ``s = y (1 - y)``: ``s`` and ``s (1 - 2 y)``."""
+    y = op.output("result")
+    s = y - y * y
+    return s, s * (1 - 2 * y)
+
+
 unary(
     "HardswishBackward0",
     "self",
