@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from hesscale_lightning.curvature.composite import Joiner
-from hesscale_lightning.curvature.engine import Method, cells_of, root_of, wanted_tensors
+from hesscale_lightning.curvature.engine import Method, root_of, wanted_tensors
 from hesscale_lightning.curvature.graph import AccumulateGrad, Node, Trace, trace
 from hesscale_lightning.curvature.plan import Output, make_plan
-from hesscale_lightning.curvature.rank_one import recipe_for
 from hesscale_lightning.curvature.registry import Operation, Rule, UnsupportedOperationError, find_rule, no_rule
 
 Status = Literal["exact", "approximate", "unsupported"]

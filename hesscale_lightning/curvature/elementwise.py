@@ -39,6 +39,8 @@ def alone(rule: PartialsRule) -> Callable[[Operation, Value, Value], list[Value]
 
     def carry(op: Operation, g: Value, h: Value) -> list[Value]:
         first, second = rule(op)
+        if len(op.needs) == 1:
+            return [local_rule(first[0], second.get((0, 0)), g, h)]
         return [
             fitted(op, i, local_rule(first[i], second.get((i, i)), g, h)) if op.need(i) else ZERO
             for i in range(len(op.needs))

@@ -1,0 +1,464 @@
+"""Straight-line programs: what the rules of a pass have computed, to be run again for other graphs of the structure.
+
+The lines that a :class:`~.recorder.Recorder` took down are made cheaper and written as one Python function:
+
+- what no result needs is left out;
+- a factor that two added products share is taken out, ``s s h + s u g -> s (s h + u g)``;
+- a product that is added to something is added by the same operation (``addcmul``, ``add`` with ``alpha``);
+- a result takes the memory of an operand where nothing else, no view and no later line, reads that memory;
+- a tensor is dropped after its last use.
+
+The function is a generator: it stops where it needs gradients that backward has not delivered, so that what it holds
+can be freed on the way.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from hesscale_lightning.curvature.recorder import Constant, Line, Slot
+
+#: Bytes of gradients that may wait before what can be computed is computed.
+_MOST_WAITING = 2**18
+
+
+class Program(NamedTuple):
+    """A program and what it needs.
+
+    Attributes:
+        run: ``run(saved, grads, finish)``, a generator; see :func:`compile_program`.
+        gradients: The nodes (by position) whose gradients it takes, in the order in which it does.
+        sweeps: For each of these, whether the program is to go on when it has arrived.
+        source: What ``run`` was compiled from.
+    """
+
+    run: Callable[..., Any]
+    gradients: list[int]
+    sweeps: list[bool]
+    source: str
+
+
+def compile_program(lines: Sequence[Line], inputs: Sequence[Any], results: Mapping[int, int]) -> Program:
+    """Writes the program.
+
+    Args:
+        lines: What was recorded. The argument of an input line is its name; ``("g", position, output)`` for a gradient.
+        inputs: Names of the other inputs, in the order in which they will be given.
+        results: For each result by a number of the caller's, its slot.
+
+    Returns:
+        The program. ``run(saved, grads, finish)`` takes the inputs in their order, which it clears, and a list with an
+        entry for each gradient, which backward fills; it yields the index up to which it needs them next, and at the
+        end calls ``finish(number, tensor, own)`` for each result, where ``own`` says that no other result and no input
+        shares its memory.
+    """
+    return _Writer(lines, inputs, results).program()
+
+
+class _Writer:
+    def __init__(self, lines: Sequence[Line], inputs: Sequence[Any], results: Mapping[int, int]) -> None:
+        self._lines = list(lines)
+        self._inputs = inputs
+        self._results = dict(results)
+        self._order = [k for k in range(len(lines)) if lines[k].kind != "input"]
+        self._constants: dict[str, Any] = {"addcmul": torch.addcmul, "add": torch.add, "sub": torch.sub}
+        self._names: dict[Any, str] = {}
+
+    def program(self) -> Program:
+        self._drop_unused()
+        self._turn_products()
+        self._take_out_factors()
+        self._fuse()
+        self._drop_unused()
+        return self._written()
+
+    # -- passes
+
+    def _uses(self) -> Counter[int]:
+        uses: Counter[int] = Counter(self._results.values())
+        for k in self._order:
+            uses.update(_slots(self._lines[k]))
+        return uses
+
+    def _drop_unused(self) -> None:
+        needed = set(self._results.values())
+        for k in reversed(self._order):
+            if k in needed:
+                needed.update(_slots(self._lines[k]))
+        self._order = [k for k in self._order if k in needed]
+        self._needed = needed
+
+    def _turn_products(self) -> None:
+        """``(A B)^T`` into ``B^T A^T``, which lays a weight's curvature out like the weight."""
+        uses = self._uses()
+        order: list[int] = []
+        for k in self._order:
+            line = self._lines[k]
+            if line.kind == ".t" and uses[line.arguments[0].number] == 1:
+                product = self._lines[line.arguments[0].number]
+                if product.kind == "@" and product.shape is not None and len(product.shape) == 2:
+                    sides = []
+                    for x in reversed(product.arguments):
+                        made = self._lines[x.number]
+                        if made.kind == ".t":
+                            sides.append(made.arguments[0])
+                        else:
+                            assert made.shape is not None
+                            self._lines.append(Line(".t", (x,), (), made.shape[::-1], made.dtype, False))
+                            sides.append(Slot(len(self._lines) - 1))
+                            order.append(sides[-1].number)
+                    self._lines[k] = line._replace(kind="@", arguments=tuple(sides), fresh=True)
+            order.append(k)
+        self._order = order
+        self._drop_unused()
+
+    def _take_out_factors(self) -> None:
+        uses = self._uses()
+        order: list[int] = []
+        for k in self._order:
+            line = self._lines[k]
+            if line.kind in "+-" and all(type(a) is Slot for a in line.arguments):
+                order += self._with_factor_taken_out(k, line, uses)
+            order.append(k)
+        self._order = order
+        self._drop_unused()
+
+    def _with_factor_taken_out(self, k: int, line: Line, uses: Counter[int]) -> list[int]:
+        """Lines to be put before line ``k``, which becomes a product; none if there is no common factor."""
+        left, right = (self._factors(a.number, uses) for a in line.arguments)
+        common = [f for f in left if type(f) is Slot and f in right and self._is_like(f, line)]
+        if not common or len(left) < 2 or len(right) < 2:
+            return []
+        factor = common[0]
+        if any(self._dtype(f) not in (line.dtype, None) for f in left + right):
+            return []
+        made: list[int] = []
+        sides = []
+        for factors in (left, right):
+            rest = list(factors)
+            rest.remove(factor)
+            rest.sort(key=lambda f: type(f) is not Slot)  # numbers last
+            product = rest[0]
+            if type(product) is not Slot:
+                return []
+            for other in rest[1:]:
+                product = Slot(self._added("*", (product, other), line))
+                made.append(product.number)
+            sides.append(product)
+        inner = self._added(line.kind, tuple(sides), line)
+        made.append(inner)
+        for a in line.arguments:
+            uses[a.number] -= 1
+        uses.update(n for m in made for n in _slots(self._lines[m]))
+        uses[factor.number] += 1
+        self._lines[k] = line._replace(kind="*", arguments=(Slot(inner), factor))
+        return made
+
+    def _factors(self, slot: int, uses: Counter[int]) -> list[Any]:
+        """The factors of a product that nothing else uses."""
+        line = self._lines[slot]
+        if line.kind != "*" or uses[slot] != 1:
+            return [Slot(slot)]
+        return [f for a in line.arguments for f in (self._factors(a.number, uses) if type(a) is Slot else [a])]
+
+    def _added(self, kind: str, arguments: tuple[Any, ...], like: Line) -> int:
+        shapes = [s for a in arguments if type(a) is Slot and (s := self._lines[a.number].shape) is not None]
+        self._lines.append(Line(kind, arguments, (), torch.broadcast_shapes(*shapes), like.dtype, True))
+        return len(self._lines) - 1
+
+    def _is_like(self, x: Slot, line: Line) -> bool:
+        other = self._lines[x.number]
+        return other.shape == line.shape and other.dtype is line.dtype
+
+    def _dtype(self, x: Any) -> Any:
+        return self._lines[x.number].dtype if type(x) is Slot else None
+
+    def _fuse(self) -> None:
+        """Products into the sums that alone use them, and ``(1 - z) u`` into ``u - z u``."""
+        uses = self._uses()
+        for k in self._order:
+            line = self._lines[k]
+            if line.shape is None:
+                continue
+            if line.kind == "*":
+                self._fuse_complement(k, line, uses)
+            elif line.kind in "+-" and all(type(a) is Slot for a in line.arguments):
+                first, second = line.arguments
+                fused = self._fused_sum(line, first, second, -1 if line.kind == "-" else 1, uses)
+                if fused is None and line.kind == "+":
+                    fused = self._fused_sum(line, second, first, 1, uses)
+                if fused is not None:
+                    self._lines[k] = fused
+
+    def _fuse_complement(self, k: int, line: Line, uses: Counter[int]) -> None:
+        for complement, other in (line.arguments, line.arguments[::-1]):
+            if type(complement) is not Slot or type(other) is not Slot or complement == other:
+                continue
+            made = self._lines[complement.number]
+            if (
+                made.kind == "-"
+                and made.arguments[0] == 1
+                and type(made.arguments[0]) is not Slot
+                and uses[complement.number] <= 2
+                and self._is_like(other, line)
+                and self._is_like(made.arguments[1], line)
+            ):
+                z = made.arguments[1]
+                self._lines[k] = line._replace(kind="addcmul", arguments=(other, other, z, -1))
+                return
+
+    def _fused_sum(self, line: Line, kept: Slot, product: Slot, sign: int, uses: Counter[int]) -> Line | None:
+        made = self._lines[product.number]
+        if made.kind != "*" or uses[product.number] != 1 or kept == product:
+            return None
+        if self._dtype(kept) is not line.dtype or made.dtype is not line.dtype:
+            return None
+        a, b = made.arguments
+        if self._is_number(b):
+            inner = self._lines[a.number]
+            if (
+                sign == 1 or type(b) is not Slot
+            ) and inner.kind == "*" and uses[a.number] == 1 and inner.dtype is line.dtype:
+                x, y = inner.arguments
+                if not self._is_number(y) and self._dtype(x) is self._dtype(y) is line.dtype:
+                    return line._replace(kind="addcmul", arguments=(kept, x, y, b if sign == 1 else -b))
+            if type(b) is Slot:
+                return line._replace(kind="add" if sign == 1 else "sub", arguments=(kept, a, b))
+            return line._replace(kind="add", arguments=(kept, a, sign * b))
+        if self._dtype(a) is self._dtype(b) is line.dtype:
+            return line._replace(kind="addcmul", arguments=(kept, a, b, sign))
+        return None
+
+    def _is_number(self, x: Any) -> bool:
+        return type(x) is not Slot or self._lines[x.number].shape is None
+
+    # -- writing
+
+    def _written(self) -> Program:
+        gradients, sweeps, starts = self._segments()
+        last = self._last_reads()
+        group = self._groups()
+        received = [k for k, line in enumerate(self._lines) if line.kind == "input" and k in self._needed]
+        by_name = {self._lines[k].arguments[0]: k for k in received}
+        body = []
+        given = [f"v{by_name[name]}" if name in by_name else "_" for name in self._inputs]
+        if given:
+            body.append(f"[{', '.join(given)}] = saved")
+            body.append("saved.clear()")
+            if "_" in given:
+                body.append("_ = None")
+        arrived = 0
+        place = {position: i for i, position in enumerate(gradients)}
+        of_gradient = {
+            k: (place[position], output)
+            for k in received
+            if self._is_gradient(k)
+            for _, position, output in [self._lines[k].arguments[0]]
+        }
+        first_read: dict[int, int] = {}
+        for i, k in enumerate(self._order):
+            for n in _slots(self._lines[k]):
+                first_read.setdefault(n, i)
+        for i, k in enumerate(self._order):
+            if i in starts:
+                body.append(f"yield {starts[i]}")
+                arrived = starts[i]
+            line = self._lines[k]
+            for n in dict.fromkeys(_slots(line)):
+                if n in of_gradient and first_read[n] == i:
+                    entry, output = of_gradient[n]
+                    assert entry < arrived
+                    body.append(f"v{n} = grads[{entry}][{output}]")
+            body.append(f"v{k} = {self._expression(k, line, i, last, group)}")
+            dropped = [n for n in dict.fromkeys(_slots(line)) if last[n] == i]
+            if dropped:
+                body.append("del " + ", ".join(f"v{n}" for n in dropped))
+        for number, slot in self._results.items():
+            if slot in of_gradient:  # a gradient cannot be a curvature, but a rule may say so
+                entry, output = of_gradient[slot]
+                body.append(f"v{slot} = grads[{entry}][{output}]")
+            body.append(f"finish({number}, v{slot}, {self._is_own(slot, group)})")
+        body.append("return\n    yield")
+        source = "def run(saved, grads, finish):\n    " + "\n    ".join(body) + "\n"
+        exec(source, self._constants)  # the source is made of the kinds and constants above alone
+        return Program(self._constants["run"], gradients, sweeps, source)
+
+    def _is_gradient(self, k: int) -> bool:
+        name = self._lines[k].arguments[0]
+        return isinstance(name, tuple) and name[0] == "g"
+
+    def _segments(self) -> tuple[list[int], list[bool], dict[int, int]]:
+        """Which gradients are taken, after which of them the program goes on, and where it stops for how many."""
+        gradients: dict[int, int] = {}  # position: bytes
+        reads: list[tuple[int, int]] = []  # line, how many gradients it needs
+        order = {position: i for i, position in enumerate(self._gradient_order())}
+        for position in order:
+            gradients[position] = 0
+        for k in sorted(self._needed):
+            line = self._lines[k]
+            if line.kind == "input" and self._is_gradient(k):
+                assert line.shape is not None
+                gradients[line.arguments[0][1]] += 4 * line.shape.numel()
+        sweeps = []
+        waiting = 0
+        for size in gradients.values():
+            waiting += size
+            sweeps.append(waiting > _MOST_WAITING)
+            if sweeps[-1]:
+                waiting = 0
+        for i, k in enumerate(self._order):
+            need = 0
+            for n in _slots(self._lines[k]):
+                if self._lines[n].kind == "input" and self._is_gradient(n):
+                    need = max(need, order[self._lines[n].arguments[0][1]] + 1)
+            if need:
+                reads.append((i, need))
+        starts: dict[int, int] = {}
+        arrived = 0
+        for i, need in reads:
+            if need > arrived:
+                while need < len(sweeps) and not sweeps[need - 1]:
+                    need += 1
+                starts[i] = arrived = need
+        return list(gradients), sweeps, starts
+
+    def _gradient_order(self) -> list[int]:
+        """Positions of the nodes whose gradients are needed, in the order in which they were recorded."""
+        return list(
+            dict.fromkeys(
+                self._lines[k].arguments[0][1]
+                for k in sorted(self._needed)
+                if self._lines[k].kind == "input" and self._is_gradient(k)
+            )
+        )
+
+    def _last_reads(self) -> dict[int, int]:
+        last: dict[int, int] = {}
+        for i, k in enumerate(self._order):
+            last.setdefault(k, i)
+            for n in _slots(self._lines[k]):
+                last[n] = i
+        for slot in self._results.values():
+            last[slot] = len(self._order)
+        return last
+
+    def _groups(self) -> dict[int, set[int]]:
+        """For each slot those that may share its memory, itself included."""
+        group: dict[int, set[int]] = {}
+        for k in sorted(self._needed):
+            if self._lines[k].kind == "input":
+                group[k] = {k}
+        for k in self._order:
+            group[k] = {k}
+            line = self._lines[k]
+            if not line.fresh and line.shape is not None or line.kind == "call":
+                if line.fresh:
+                    continue
+                for n in _slots(line):
+                    if self._lines[n].shape is not None or self._lines[n].kind == "call":
+                        joined = group[k] | group[n]
+                        for m in joined:
+                            group[m] = joined
+        return group
+
+    def _is_own(self, slot: int, group: Mapping[int, set[int]]) -> bool:
+        results = list(self._results.values())
+        return (
+            not any(self._lines[m].kind == "input" for m in group[slot]) and sum(m in group[slot] for m in results) == 1
+        )
+
+    def _may_overwrite(self, x: Any, k: int, i: int, last: Mapping[int, int], group: Mapping[int, set[int]]) -> bool:
+        """Whether line ``k``, the ``i``-th, may write its result over the operand ``x``."""
+        if type(x) is not Slot:
+            return False
+        line, operand = self._lines[k], self._lines[x.number]
+        return (
+            operand.kind != "input"
+            and operand.fresh
+            and operand.shape == line.shape
+            and operand.dtype is line.dtype
+            and last[x.number] == i
+            and all(m == x.number or (m != k and last[m] < i) for m in group[x.number])
+        )
+
+    def _expression(
+        self, k: int, line: Line, i: int, last: Mapping[int, int], group: Mapping[int, set[int]]
+    ) -> str:
+        arguments = line.arguments
+        if line.shape is not None:
+            if line.kind == "*":
+                for x, y in (arguments, arguments[::-1]):
+                    if self._may_overwrite(x, k, i, last, group):
+                        return f"{self._text(x)}.mul_({self._text(y)})"
+            elif line.kind in "+-" and self._may_overwrite(arguments[0], k, i, last, group):
+                name = "add_" if line.kind == "+" else "sub_"
+                return f"{self._text(arguments[0])}.{name}({self._text(arguments[1])})"
+            elif line.kind == "+" and self._may_overwrite(arguments[1], k, i, last, group):
+                return f"{self._text(arguments[1])}.add_({self._text(arguments[0])})"
+            elif line.kind in ("addcmul", "add", "sub"):
+                return self._fused_expression(k, line, i, last, group)
+        if line.kind == "item":
+            return f"{self._text(arguments[0])}[{arguments[1]}]"
+        if line.kind == "bitwise_not":
+            return f"~{self._text(arguments[0])}"
+        if line.kind == "[]":
+            return f"{self._text(arguments[0])}[{self._text(arguments[1])}]"
+        if line.kind in ("T", "mT", "H", "mH"):
+            return f"{self._text(arguments[0])}.{line.kind}"
+        texts = [self._text(a) for a in arguments]
+        if line.kind == "call" or line.kind[0] == ".":
+            called = texts[0] if line.kind == "call" else texts[0] + line.kind
+            return f"{called}({', '.join(texts[1:] + [f'{name}={self._text(a)}' for name, a in line.keywords])})"
+        texts = [f"({t})" if t[0] == "-" else t for t in texts]
+        return f"{texts[0]} {line.kind} {texts[1]}"
+
+    def _fused_expression(
+        self, k: int, line: Line, i: int, last: Mapping[int, int], group: Mapping[int, set[int]]
+    ) -> str:
+        kept, *rest = line.arguments
+        factor = rest.pop()
+        name = "value" if line.kind == "addcmul" else "alpha"
+        texts = [self._text(x) for x in rest]
+        if type(factor) is Slot or factor != 1:
+            texts.append(f"{name}={self._text(factor)}")
+        if self._may_overwrite(kept, k, i, last, group):
+            return f"{self._text(kept)}.{line.kind}_({', '.join(texts)})"
+        return f"{line.kind}({', '.join([self._text(kept), *texts])})"
+
+    def _text(self, argument: Any) -> str:
+        if type(argument) is Slot:
+            return f"v{argument.number}"
+        if type(argument) is tuple:
+            return f"({''.join(self._text(a) + ', ' for a in argument)})"
+        if argument is None or type(argument) in (bool, int, str) or (
+            type(argument) is float and abs(argument) < float("inf")
+        ):
+            return repr(argument)
+        if argument is Ellipsis:
+            return "..."
+        value = argument.value if isinstance(argument, Constant) else argument
+        key = id(value) if isinstance(argument, Constant) else (type(value), value)
+        name = self._names.get(key)
+        if name is None:
+            name = self._names[key] = f"c{len(self._names)}"
+            self._constants[name] = value
+        return name
+
+
+def _slots(line: Line) -> list[int]:
+    """Numbers of the slots that a line reads."""
+    if line.kind == "input":
+        return []
+    found: list[int] = []
+    stack = [*line.keywords, *reversed(line.arguments)]
+    while stack:
+        argument = stack.pop()
+        if type(argument) is Slot:
+            found.append(argument.number)
+        elif type(argument) is tuple:
+            stack.extend(reversed(argument))
+    return found
