@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -26,10 +26,9 @@ from hesscale_lightning.curvature.graph import Node
 from hesscale_lightning.curvature.precision import HALF
 
 will_execute = torch._C._will_engine_execute_node
-# Below autograd nothing is recorded, as under no_grad, and every operation takes one dispatch less.
-without_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", torch.no_grad)
 
 
+_current_group, _set_group = torch._C._get_graph_exec_group, torch._C._set_graph_exec_group
 _latest: list[Any] = [None, None]  # autograd's number of the pass that began last, and a reference to its attachment
 
 
@@ -98,14 +97,17 @@ class Attachment:
         self._started = True
         Variable._execution_engine.queue_callback(partial(_finish, ref))
 
+    #: What keeps autograd out; where a checkpointed block may be run again, it must be possible to let it in.
+    _without_autograd: Any = torch.no_grad
+
     def _guarded(self, work: Any, *args: Any) -> None:
         """Runs ``work`` without autograd and autocast; whatever it raises ends the pass."""
         try:
             if torch.is_autocast_enabled(self._device_type):
-                with torch.autocast(self._device_type, enabled=False), without_autograd():
+                with torch.autocast(self._device_type, enabled=False), self._without_autograd():
                     work(*args)
             else:
-                with without_autograd():
+                with self._without_autograd():
                     work(*args)
         except StopIteration as error:  # Lightning would take it for the end of the data
             self.remove()
@@ -125,9 +127,14 @@ class Attachment:
         for cell, node in self._leaves:
             tensor = node.variable
             h = arrived[cell]
-            if h is None or h.stride() != tensor.stride() or h.dtype is not tensor.dtype or h.dtype in HALF:
-                h = _laid_out_like(tensor, h)
-            elif h.shape != tensor.shape or (cell not in own and h.data_ptr() in taken):
+            if (
+                h is None
+                or h.stride() != tensor.stride()
+                or h.dtype is not tensor.dtype
+                or h.dtype in HALF
+                or h.shape != tensor.shape
+                or (cell not in own and h.data_ptr() in taken)
+            ):
                 h = _laid_out_like(tensor, h)
             if cell not in own:  # an operation may hand one tensor to several inputs
                 taken.add(h.data_ptr())
@@ -152,6 +159,17 @@ def _laid_out_like(tensor: Tensor, h: Tensor | None) -> Tensor:
             "a rule on the way returned the wrong shape"
         )
     return torch.empty_like(tensor, dtype=dtype, requires_grad=False).copy_(h)
+
+
+def together(group: Any, work: Callable[..., Any], *args: Any) -> Any:
+    """Runs ``work`` so that a checkpointed block recomputes itself once for all that is asked of it in one group."""
+    if _current_group() is not None:
+        return work(*args)
+    _set_group(group)
+    try:
+        return work(*args)
+    finally:
+        _set_group(None)
 
 
 def on_gate(ref: weakref.ref[Attachment], grads: tuple[Tensor | None, ...]) -> None:

@@ -51,6 +51,9 @@ class CompiledPass(Attachment):
         self._instead: Any = instead
         self._substitute: InterpretedPass | None = None
 
+    # Below autograd nothing is recorded, as under no_grad, and every operation takes one dispatch less.
+    _without_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", torch.no_grad)
+
     def arm(self) -> None:
         """Puts the hooks on the graph."""
         ref, nodes, program = weakref.ref(self), self._nodes, self._program
@@ -93,7 +96,7 @@ class CompiledPass(Attachment):
                 g = grads[k]
                 if g is _AWAITED:
                     return
-                if g is not None and g[0] is None or len(g) > 1:
+                if (g is not None and g[0] is None) or len(g) > 1:
                     grads[k] = _without_gaps(g, self._nodes[program.gradients[k]])
             self._need = need = next(running, None)
 
@@ -103,7 +106,9 @@ class CompiledPass(Attachment):
             return
         self._advance()
         if self._need is not None:
-            raise RuntimeError("backward did not run all operations that it was to run: this is a bug, please report it")
+            raise RuntimeError(
+                "backward did not run all operations that it was to run: this is a bug, please report it"
+            )
         arrived = self._arrived
         self._write({cell: arrived.get(cell) for cell, _ in self._leaves}, self._own)
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from hesscale_lightning.curvature import rows
 from hesscale_lightning.curvature.graph import Edge, Node, Trace

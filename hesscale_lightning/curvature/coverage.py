@@ -19,8 +19,9 @@ from torch import Tensor
 from hesscale_lightning.curvature.composite import Joiner
 from hesscale_lightning.curvature.engine import Method, root_of, wanted_tensors
 from hesscale_lightning.curvature.graph import AccumulateGrad, Node, Trace, trace
-from hesscale_lightning.curvature.plan import Output, make_plan
-from hesscale_lightning.curvature.registry import Operation, Rule, UnsupportedOperationError, find_rule, no_rule
+from hesscale_lightning.curvature.plan import Output
+from hesscale_lightning.curvature.planning import make_plan
+from hesscale_lightning.curvature.registry import Operation, UnsupportedOperationError, find_rule, no_rule
 
 Status = Literal["exact", "approximate", "unsupported"]
 
@@ -192,16 +193,14 @@ def supported_params(loss: Tensor, params: Iterable[Tensor]) -> tuple[list[Tenso
 
 
 def _refinement(root: Node, found: Trace, inner: dict[Output, Tensor]) -> tuple[Refined, ...]:
-    plan = make_plan(root, found, list(inner), "hesscale_rank1")
-    following = [node.next_functions for node in found.nodes]
-    recipe = recipe_for(plan, found.nodes, following, cells_of(plan, found.nodes, inner))
-    return tuple(Refined(plan.steps[note.step].rule.name, note.what, note.why) for note in recipe.notes)
+    plan = make_plan(root, found, list(inner), "hesscale_rank1", lambda k, *_: _operation(found.nodes[k], found))
+    return tuple(Refined(name, note.what, note.why) for name, note in plan.notes)
 
 
-def _operation(node: Node, found: Trace, rule: Rule) -> Operation:
+def _operation(node: Node, found: Trace) -> Operation:
     needs = [found.index[child] >= 0 for child, _, _ in found.edges[node]]
     flips = [flip for _, _, flip in found.edges[node]]
-    return Operation(node, node.next_functions, needs, flips, "hesscale", rule.curved)
+    return Operation(node, node.next_functions, needs, flips, "hesscale")
 
 
 def _refusal(root: Node, node: Node, found: Trace) -> str | None:
@@ -210,7 +209,7 @@ def _refusal(root: Node, node: Node, found: Trace) -> str | None:
     if rule is None:
         return str(no_rule(root, node)).split("What to do: ")[1]
     try:
-        rule.build(_operation(node, found, rule))
+        rule.attach(_operation(node, found))
     except UnsupportedOperationError as error:
         return str(error)
     return None
@@ -219,7 +218,8 @@ def _refusal(root: Node, node: Node, found: Trace) -> str | None:
 def _entries(root: Node, found: Trace, outside: set[Node]) -> list[Entry]:
     nodes, index, edges = found.nodes, found.index, found.edges
     rules = [None if type(node) is AccumulateGrad else find_rule(node) for node in nodes]
-    joiner = Joiner(found, rules, [False] * len(nodes), outside)
+    operations = [_operation(node, found) for node in nodes]
+    joiner = Joiner(found, rules, [False] * len(nodes), outside, operations.__getitem__)
     below = _reachable(found)
     curved = [False] * len(nodes)  # whether curvature other than zero can arrive at a node
     absorbed: set[int] = set()
@@ -237,12 +237,11 @@ def _entries(root: Node, found: Trace, outside: set[Node]) -> list[Entry]:
                 inputs = composite.sources
         makes_curvature = mixes = True
         if rule is not None and refusal is None:
-            operation = _operation(node, found, rule)
-            rule.build(operation)
-            makes_curvature = operation.curved or composite is not None
+            operation = operations[position]
+            makes_curvature = rule.makes_curvature(operation) or composite is not None
             mixes = rule.bilinear or makes_curvature
             if rule.partials is not None and composite is None:
-                mixes = any(i != j for i, j in rule.partials(operation)(True)[1])
+                mixes = any(i != j for i, j in rule.partials(operation)[1])
         arrives = curved[position]
         for child, _, _ in inputs:
             curved[index[child]] = curved[index[child]] or arrives or makes_curvature

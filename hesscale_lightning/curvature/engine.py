@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointError, GraphExecGroup
+from torch.utils.checkpoint import GraphExecGroup
 
-from hesscale_lightning.curvature.attachment import Attachment
+from hesscale_lightning.curvature.attachment import Attachment, together
 from hesscale_lightning.curvature.compiled import CompiledPass
 from hesscale_lightning.curvature.graph import Node, Trace, trace
 from hesscale_lightning.curvature.interpreted import InterpretedPass
 from hesscale_lightning.curvature.operation import Operation
-from hesscale_lightning.curvature.plan import Output, Plan, cells_of_goals, make_plan, refuse_hidden_parameters
+from hesscale_lightning.curvature.plan import Output, Plan
+from hesscale_lightning.curvature.planning import cells_of_goals, make_plan, refuse_hidden_parameters
 from hesscale_lightning.curvature.program import compile_program
 from hesscale_lightning.curvature.recorded_operation import RecordedOperation, Recording
 from hesscale_lightning.curvature.registry import find_rule
@@ -33,7 +33,6 @@ METHODS: tuple[str, ...] = get_args(Method)
 
 _OWNER = "_hesscale_attachment"  # the attribute in which a loss keeps its attachment alive
 _structures = StructureCache()
-_current_group, _set_group = torch._C._get_graph_exec_group, torch._C._set_graph_exec_group
 
 
 def attach(loss: Tensor, params: Iterable[Tensor] | None = None, *, method: Method = "hesscale") -> Attachment:
@@ -83,7 +82,7 @@ def attach(loss: Tensor, params: Iterable[Tensor] | None = None, *, method: Meth
     root = root_of(loss, method)
     wanted = _by_id(params)
     try:
-        attachment = _together(_armed, loss, root, wanted, method)
+        attachment = together(GraphExecGroup(), _armed, loss, root, wanted, method)
     except RuntimeError as error:
         if "through the graph a second time" in str(error):
             raise RuntimeError(
@@ -184,19 +183,6 @@ def _inner(wanted: dict[int, Tensor]) -> dict[Output, Tensor]:
     return inner
 
 
-def _together(work: Callable[..., Any], *args: Any) -> Any:
-    """Runs ``work`` so that a checkpointed block recomputes itself once for all that asks for its tensors."""
-    if _current_group() is None:
-        _set_group(GraphExecGroup())
-        try:
-            return work(*args)
-        except CheckpointError:
-            pass  # a tensor is asked for twice, which a group hands out once: recompute for each
-        finally:
-            _set_group(None)
-    return work(*args)
-
-
 def _armed(loss: Tensor, root: Node, wanted: dict[int, Tensor] | None, method: str) -> Attachment:
     """The armed pass. Everything that can be refused is before the graph is touched."""
     key = (type(root), method, None if wanted is None else len(wanted))
@@ -263,9 +249,7 @@ def _compiled(
     return compiled
 
 
-def _interpreted(
-    device_type: str, root: Node, wanted: dict[int, Tensor] | None, method: str
-) -> InterpretedPass | None:
+def _interpreted(device_type: str, root: Node, wanted: dict[int, Tensor] | None, method: str) -> InterpretedPass | None:
     """A pass that runs rules, not armed."""
     found = trace(root, wanted)
     return _interpreter(device_type, root, found, {}, method, None) if found.index[root] >= 0 else None
@@ -283,7 +267,7 @@ def _interpreter(
         node = found.nodes[position]
         if recording is not None:
             return RecordedOperation(recording, position, node.next_functions, needs, flips, method)
-        return Operation(node, node.next_functions, needs, flips, method, True)
+        return Operation(node, node.next_functions, needs, flips, method)
 
     condition = (lambda *_: None) if recording is None else recording.condition
     plan = make_plan(root, found, list(inner), method, operation, condition)
@@ -320,4 +304,4 @@ def _prepares(plan: Plan) -> dict[int, Callable[[Node], Any]]:
 
 
 def _prepared(prepare: Callable[[Operation], Any], needs: Any, flips: Any, method: str, node: Node) -> Any:
-    return prepare(Operation(node, node.next_functions, needs, flips, method, True))
+    return prepare(Operation(node, node.next_functions, needs, flips, method))

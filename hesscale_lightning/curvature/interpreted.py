@@ -10,12 +10,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor
+from torch.utils.checkpoint import GraphExecGroup
 
-from hesscale_lightning.curvature.attachment import Attachment, on_gate, will_execute
+from hesscale_lightning.curvature.attachment import Attachment, on_gate, together, will_execute
 from hesscale_lightning.curvature.graph import Node
 from hesscale_lightning.curvature.plan import Plan, Step
 from hesscale_lightning.curvature.precision import HALF
@@ -53,6 +52,9 @@ class InterpretedPass(Attachment):
         self._recording = recording
         self._recorded: Callable[[Mapping[int, int]], None] | None = None
         self._waiting = len(plan.steps)
+        self._group = GraphExecGroup()
+        # An operation may take part in two steps: in a composite, and on its own.
+        self._last = {id(op): k for k, step in enumerate(plan.steps) for op in step.operations}
 
     def when_recorded(self, write: Callable[[Mapping[int, int]], None]) -> None:
         """Has ``write`` called with each leaf's slot, by cell, when the pass is complete and all was taken down."""
@@ -73,6 +75,7 @@ class InterpretedPass(Attachment):
         self._nodes = ()
         self._cells = []
         self._left_out = {}
+        self._last = {}
         self._recording = self._recorded = None
 
     def ride(self, grads: tuple[Tensor | None, ...]) -> None:
@@ -87,7 +90,7 @@ class InterpretedPass(Attachment):
         ]
         for k, step in enumerate(self._steps):
             if not step.cell:
-                self._guarded(self._run, k, grads)
+                self._guarded(together, self._group, self._run, k, grads)
 
     def _only_some(self, grads: tuple[Tensor | None, ...]) -> None:
         self._recorded = None
@@ -106,6 +109,9 @@ class InterpretedPass(Attachment):
         except Exception as error:
             error.add_note(f"while carrying curvature through {step.rule.name}")
             raise
+        for op in step.operations:
+            if self._last[id(op)] == k:
+                op.release()
         if not isinstance(results, (tuple, list)):
             results = (results,)
         if len(results) != len(step.targets):
@@ -175,4 +181,4 @@ def _on_step(ref: weakref.ref[InterpretedPass], k: int, grads: tuple[Tensor | No
     if attachment is None or not attachment._started:
         return
     with attachment._lock:
-        attachment._guarded(attachment._run, k, grads)
+        attachment._guarded(together, attachment._group, attachment._run, k, grads)

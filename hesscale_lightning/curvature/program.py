@@ -221,8 +221,11 @@ class _Writer:
         if self._is_number(b):
             inner = self._lines[a.number]
             if (
-                sign == 1 or type(b) is not Slot
-            ) and inner.kind == "*" and uses[a.number] == 1 and inner.dtype is line.dtype:
+                (sign == 1 or type(b) is not Slot)
+                and inner.kind == "*"
+                and uses[a.number] == 1
+                and inner.dtype is line.dtype
+            ):
                 x, y = inner.arguments
                 if not self._is_number(y) and self._dtype(x) is self._dtype(y) is line.dtype:
                     return line._replace(kind="addcmul", arguments=(kept, x, y, b if sign == 1 else -b))
@@ -355,7 +358,7 @@ class _Writer:
         for k in self._order:
             group[k] = {k}
             line = self._lines[k]
-            if not line.fresh and line.shape is not None or line.kind == "call":
+            if (not line.fresh and line.shape is not None) or line.kind == "call":
                 if line.fresh:
                     continue
                 for n in _slots(line):
@@ -385,9 +388,7 @@ class _Writer:
             and all(m == x.number or (m != k and last[m] < i) for m in group[x.number])
         )
 
-    def _expression(
-        self, k: int, line: Line, i: int, last: Mapping[int, int], group: Mapping[int, set[int]]
-    ) -> str:
+    def _expression(self, k: int, line: Line, i: int, last: Mapping[int, int], group: Mapping[int, set[int]]) -> str:
         arguments = line.arguments
         if line.shape is not None:
             if line.kind == "*":
@@ -434,8 +435,10 @@ class _Writer:
             return f"v{argument.number}"
         if type(argument) is tuple:
             return f"({''.join(self._text(a) + ', ' for a in argument)})"
-        if argument is None or type(argument) in (bool, int, str) or (
-            type(argument) is float and abs(argument) < float("inf")
+        if (
+            argument is None
+            or type(argument) in (bool, int, str)
+            or (type(argument) is float and abs(argument) < float("inf"))
         ):
             return repr(argument)
         if argument is Ellipsis:

@@ -56,6 +56,7 @@ class Recording:
         self.fetches: dict[Any, tuple[Ask, str]] = {}
         self.nodes, self.edges, self.slots = nodes, edges, slots
         self._tensors: dict[Any, Tensor] = {}
+        self.read: dict[Any, Value] = {}  # a checkpointed block hands out a tensor once
         self._used: set[tuple[Node, int]] | None = None
 
     def condition(self, position: int, expression: str, value: Any) -> None:
@@ -97,15 +98,24 @@ class Recording:
             name: Under which name.
             place: The edge whose value it is, if it is one, so that what several nodes saved is read once.
         """
+        key = (position, str(name))
+        if key in self.read:
+            return self.read[key]
         node = self.nodes[position]
         x = saved_by(node, name)
         expression = saved_name(node, name)
         if x is None:
+            self.read[key] = None
             self.condition(position, f"{expression} is None", True)
             return None
+        return self._of(position, name, x, place)
+
+    def _of(self, position: int, name: str | int, x: Any, place: Any) -> Value:
+        node, key = self.nodes[position], (position, str(name))
         if not isinstance(x, Tensor):
             raise TypeError(f"{node.name()} has saved a {type(x).__name__} as {name!r}: ask for it by op.number")
-        return self._raised(self.fetched((position, str(name)), Ask(position, expression), x, place))
+        made = self.read[key] = self._raised(self.fetched(key, Ask(position, saved_name(node, name)), x, place))
+        return made
 
     def fetched(self, key: Any, ask: Ask, x: Tensor, place: Any = None) -> Symbol:
         """A tensor that is read from the graph when it is attached."""
@@ -132,15 +142,19 @@ class Recording:
 
     def operand(self, position: int, name: str, place: Any) -> Value:
         """A saved tensor, or a number."""
+        key = (position, name)
+        if key in self.read:
+            return self.read[key]
         x = saved_by(self.nodes[position], name)
         expression = saved_name(self.nodes[position], name)
         if not isinstance(x, Tensor):
             self.condition(position, expression, x)
             return x
         if x.dim() == 0 and x.device.type == "cpu" and not x.requires_grad:
-            self.fetches.setdefault((position, name), (Ask(position, expression), "number"))
-            return self.recorder.input((position, name), float(x))
-        return self.tensor(position, name, place)
+            self.fetches.setdefault(key, (Ask(position, expression), "number"))
+            self.read[key] = self.recorder.input(key, float(x))
+            return self.read[key]
+        return self._of(position, name, x, place)
 
     def node(self, position: int) -> Symbol:
         """The node itself, to be called."""
@@ -151,10 +165,10 @@ class Recording:
     def prepared(self, position: int, made: Any) -> Any:
         """What a rule has prepared: numbers are conditions, anything else is an input as it is."""
         if _is_plain(made):
-            self.condition(position, "prepared", made)
+            self.condition(position, "{p}", made)
             return made
         key = ("prepared", position)
-        self.fetches.setdefault(key, (Ask(position, "prepared"), "object"))
+        self.fetches.setdefault(key, (Ask(position, "{p}"), "object"))
         return self.recorder.input(key, made)
 
     def _raised(self, symbol: Symbol) -> Symbol:
@@ -171,7 +185,7 @@ class RecordedOperation(Operation):
     ) -> None:
         self._made: Any = None
         self._recording = recording
-        super().__init__(recording.nodes[position], following, needs, flips, method, True)
+        super().__init__(recording.nodes[position], following, needs, flips, method)
         self.position = position
 
     @property
@@ -194,6 +208,9 @@ class RecordedOperation(Operation):
         return self._recording.tensor(self.position, name, (self.node, 0, False))
 
     def tensors(self, name: str) -> tuple[Value, ...]:
+        read = self._recording.read
+        if (self.position, name) in read:
+            return read[self.position, name]
         made: list[Value] = []
         saved = saved_by(self.node, name)
         expression = saved_name(self.node, name)
@@ -205,7 +222,8 @@ class RecordedOperation(Operation):
                 made.append(None)
             else:
                 made.append(self._recording.fetched((self.position, name, k), Ask(self.position, entry), x))
-        return tuple(made)
+        read[self.position, name] = tuple(made)
+        return read[self.position, name]
 
     def operand(self, name: str, i: int | None = None) -> Value:
         edges = self._recording.edges[self.node]

@@ -107,9 +107,7 @@ class Recorder:
             if a is b and self.lines[a.slot].kind == ".t":  # so that it is the square that others use
                 inner = self._transposed(a)
                 return self.record("*", (inner, inner)).t()
-            if a.is_number and not b.is_number:
-                a, b = b, a
-            elif a.slot > b.slot and a.is_number is b.is_number:
+            if (a.is_number and not b.is_number) or (a.slot > b.slot and a.is_number is b.is_number):
                 a, b = b, a
             return self.record("*", (a, b))
         if _is(b, 1):
@@ -167,7 +165,9 @@ class Recorder:
         """A function of tensors."""
         return self.record("call", (function, *args), kwargs, unpack=opaque)
 
-    def record(self, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, unpack: bool = True) -> Any:
+    def record(
+        self, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, unpack: bool = True
+    ) -> Any:
         """Does an operation and records it, the first time that it is asked for."""
         arguments = tuple([self._argument(a) for a in args])
         keywords = tuple([(k, self._argument(a)) for k, a in kwargs.items()]) if kwargs else ()

@@ -10,7 +10,7 @@ Built-in rules and users' rules are registered by the same function and treated 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,24 +28,32 @@ Formula = Callable[..., Any]
 Partials = tuple[Sequence[Any], Any]
 
 
-def _legacy_carry(function: Any, multi: bool) -> Any:
+def _legacy_carry(function: Any, multi: bool, curved: Any) -> Any:
     def carry(op: Any, g: Any, h: Any) -> Any:
+        op.curved = bool(curved)
         formula = function(op)
+
         def none(x: Any) -> Any:
             if multi:
                 return None if all(e is ZERO for e in x) else tuple([None if e is ZERO else e for e in x])
             return None if x is ZERO else x
+
         if op.curved:
             return formula(none(g), none(h))
         return [None] * len(op.needs) if none(h) is None else formula(none(h))
+
     return carry
 
 
 def _legacy_curved(function: Any) -> Any:
     def curved(op: Any) -> bool:
+        op.curved = True
         function(op)
         return bool(op.curved)
+
     return curved
+
+
 # LEGACY-END
 
 
@@ -74,6 +82,13 @@ class Rule:
     check: Callable[[Operation], None] | None
     prepare: Callable[[Operation], Any] | None
     legacy: bool = False
+
+    def attach(self, op: Operation) -> None:
+        """Checks a use of the operation, and prepares it."""
+        if self.check is not None:
+            self.check(op)
+        if self.prepare is not None:
+            op.prepared = self.prepare(op)
 
     def makes_curvature(self, op: Operation) -> bool:
         """Whether this use of the operation has a second derivative by an input that is wanted."""
@@ -172,9 +187,19 @@ def register_rule(
             old = partials
             for name in names:
                 _rules[name] = Rule(
-                    name, function, _legacy_carry(function, multi_output), _legacy_curved(function) if curved else False,
-                    multi_output, view, None if old is None else (lambda op: old(op)(True)), bilinear, reduces,
-                    approximate, lambda op: function(op) and None, None, True,
+                    name,
+                    function,
+                    _legacy_carry(function, multi_output, curved),
+                    _legacy_curved(function) if curved else False,
+                    multi_output,
+                    view,
+                    None if old is None else (lambda op: old(op)(True)),
+                    bilinear,
+                    reduces,
+                    approximate,
+                    lambda op: function(op) and None,
+                    None,
+                    True,
                 )
             _rule_of_type.clear()
             for listener in _listeners:

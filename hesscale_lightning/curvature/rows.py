@@ -37,7 +37,6 @@ def last(x: Factor) -> int:
     return int(x.shape[-1]) or 1
 
 
-
 class Terms(NamedTuple):
     """``delta_jk a_k + sum_m b^m_j c^m_k``: ``diagonal`` is a (None: 0), ``products`` the pairs (b, c).
 
@@ -93,7 +92,7 @@ def find_row_rule(name: str) -> RowRule | None:
 # Small rows are the rule (an action space), so what counts is the number of operations: numbers are kept as numbers,
 # and products with the same b become one.
 
-ZERO = Terms(None, ())
+NOTHING = Terms(None, ())
 
 
 def _product(a: Factor, b: Factor) -> Factor:
@@ -161,7 +160,7 @@ def summed(terms: Terms, width: int, weights: Factor = 1.0) -> Terms:
     total: Factor | None = None if terms.diagonal is None else _product(terms.diagonal, weights)
     for b, c in terms.products:
         total = _sum(total, _product(_row_sum(_product(b, weights), width), c))
-    return ZERO if total is None else Terms(None, ((1.0, total),))
+    return NOTHING if total is None else Terms(None, ((1.0, total),))
 
 
 def _row_sum(x: Factor, width: int) -> Factor:
@@ -204,7 +203,7 @@ def through_softmax(u: Taylor, p: Factor, width: int) -> Taylor:
 
 def source(whole_row: bool) -> Taylor:
     """The derivatives of a source by itself, which has a row of its own or one entry for all of it."""
-    return Taylor(Terms(1.0, ()) if whole_row else Terms(None, ((1.0, 1.0),)), ZERO)
+    return Taylor(Terms(1.0, ()) if whole_row else Terms(None, ((1.0, 1.0),)), NOTHING)
 
 
 def curvature(taylor: Taylor, g: Value, h: Value) -> Value:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hesscale_lightning.curvature.graph import AccumulateGrad, Node, TBackward, Trace
+from hesscale_lightning.curvature.planning import has_weight_zero
 from hesscale_lightning.curvature.program import Program
-from hesscale_lightning.curvature.plan import has_weight_zero
 from hesscale_lightning.curvature.recorded_operation import Ask, hashable, input_meta, input_shape
 from hesscale_lightning.curvature.registry import on_registration
 
@@ -266,7 +266,13 @@ class _MatchWriter:
         lines += [f"if {n}.name() != {name!r}: return None" for n, name in kinds]
         slots = sorted(self._slots.values())
         lines.append(f"if len({{{', '.join(f'n{s}' for s in slots)}}}) != {len(slots)}: return None")
-        namespace: dict[str, Any] = {"TYPES": tuple(types), "input_shape": input_shape, "input_meta": input_meta, "hashable": hashable, "has_weight_zero": has_weight_zero}
+        namespace: dict[str, Any] = {
+            "TYPES": tuple(types),
+            "input_shape": input_shape,
+            "input_meta": input_meta,
+            "hashable": hashable,
+            "has_weight_zero": has_weight_zero,
+        }
         lines += self._leaves()
         lines += self._collected(conditions, fetches, prepares, namespace)
         wanted = "".join(f"n{k}, " for k in range(len(self._found.nodes)))
@@ -328,8 +334,5 @@ class _MatchWriter:
 
 
 def _asked(ask: Ask) -> str:
-    text = ask.expression
-    if text == "prepared":
-        return f"p{ask.position}"
-    return text.format(n=f"n{ask.position}", w=f"w{ask.position}")
-
+    k = ask.position
+    return ask.expression.format(n=f"n{k}", w=f"w{k}", p=f"p{k}")

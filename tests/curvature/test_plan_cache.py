@@ -181,7 +181,7 @@ def test_a_plan_is_used_only_where_it_fits(first: str, expected: Any) -> None:
     """Every variant right after ``first``, with no other plan in the cache."""
     for second in VARIANTS:
         for method in ("hesscale", "hesscale_gn"):
-            engine._plans.clear()
+            engine._structures.clear()
             run(first, method)
             for got, e in zip(run(second, method), expected[second, method], strict=True):
                 agree(got, e, f"{second} after {first}, {method}")
@@ -198,7 +198,7 @@ def test_plans_of_many_structures_do_not_mix(expected: Any) -> None:
 
 def test_a_cached_plan_is_used_at_all() -> None:
     """Otherwise the tests above would prove nothing."""
-    engine._plans.clear()
+    engine._structures.clear()
     run("layers a b c", "hesscale")
     loss, wanted = VARIANTS["layers a b c"](*fresh())
     key = (type(loss.grad_fn), "hesscale", len(wanted))

@@ -26,6 +26,7 @@ from hesscale_lightning.curvature.rows import (
 )
 from hesscale_lightning.curvature.values import Value, opaque
 
+
 def _is_last(dim: int, rank: int) -> bool:
     return rank > 0 and dim % rank == rank - 1
 
