@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 from torch import Tensor
-from torch.utils.checkpoint import GraphExecGroup
+from torch.utils.checkpoint import CheckpointError, GraphExecGroup
 
 from hesscale_lightning.curvature.attachment import Attachment, together
 from hesscale_lightning.curvature.compiled import CompiledPass
@@ -82,7 +82,10 @@ def attach(loss: Tensor, params: Iterable[Tensor] | None = None, *, method: Meth
     root = root_of(loss, method)
     wanted = _by_id(params)
     try:
-        attachment = together(GraphExecGroup(), _armed, loss, root, wanted, method)
+        try:
+            attachment = together(GraphExecGroup(), _armed, loss, root, wanted, method)
+        except CheckpointError:  # a tensor is asked for twice, which a group hands out once: recompute for each
+            attachment = _armed(loss, root, wanted, method)
     except RuntimeError as error:
         if "through the graph a second time" in str(error):
             raise RuntimeError(

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesscale_lightning.curvature import backward, exact_local_diag, register_rule
+from hesscale_lightning.curvature import attach, exact_local_diag, register_rule
+from hesscale_lightning.curvature.compiled import CompiledPass
 from hesscale_lightning.curvature.graph import trace
+from hesscale_lightning.curvature.interpreted import InterpretedPass
 from hesscale_lightning.curvature.operation import Operation
 from hesscale_lightning.curvature.values import ZERO
 
@@ -91,29 +93,34 @@ def check(case: Case, dtype: torch.dtype = torch.float64) -> None:
 
 
 def _check(case: Case, dtype: torch.dtype, with_g: bool, with_h: bool, method: Any) -> None:
-    inputs = [x.detach().to(dtype).requires_grad_() for x in case.tensors()]
-    outputs = case.operation(*inputs)
-    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    generator = torch.Generator().manual_seed(2)
-    g = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(dtype) * with_g for y in outputs]
-    h = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(dtype) * with_h for y in outputs]
-    if method == "hesscale_gn":  # a parameterised operation on the way makes the case's a part of the network's inside
-        one = torch.ones((), dtype=dtype, requires_grad=True)
-        loss = Probe.apply(len(outputs), *[y * one for y in outputs], *g, *h)
-    else:
-        loss = Probe.apply(len(outputs), *outputs, *g, *h)
-    missing = set(case.nodes) - node_names(loss)
-    assert not missing, f"{case.name} was to prove {missing}, but its graph has {sorted(node_names(loss))}"
-    backward(loss, method=method)
-    if method == "hesscale_gn":
-        g = [torch.zeros_like(g_y) for g_y in g]
-    expected = exact_local_diag(case.reference or case.operation, inputs, g, h)
-    scale = max(float(e.abs().max()) if e.numel() else 0.0 for e in expected)
-    tolerance = 1e-9 if dtype is torch.float64 else 1e-4
-    for x, e in zip(inputs, expected, strict=True):
-        assert x.hess_diag.shape == e.shape
-        assert x.hess_diag.dtype == dtype
-        error = float((x.hess_diag - e).abs().max()) if e.numel() else 0.0
-        assert error <= tolerance * max(scale, 1e-6), (
-            f"{case.name} ({method}, g {with_g}, h {with_h}): error {error:.3e} at scale {scale:.3e}"
-        )
+    """Three times: by the rules, by the rules while they are written down, and by the program."""
+    for kind in (InterpretedPass, InterpretedPass, CompiledPass):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in case.tensors()]
+        outputs = case.operation(*inputs)
+        outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        generator = torch.Generator().manual_seed(2)
+        g = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(dtype) * with_g for y in outputs]
+        h = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(dtype) * with_h for y in outputs]
+        if method == "hesscale_gn":  # a parameterised operation on the way makes the case's a part of the inside
+            one = torch.ones((), dtype=dtype, requires_grad=True)
+            loss = Probe.apply(len(outputs), *[y * one for y in outputs], *g, *h)
+        else:
+            loss = Probe.apply(len(outputs), *outputs, *g, *h)
+        missing = set(case.nodes) - node_names(loss)
+        assert not missing, f"{case.name} was to prove {missing}, but its graph has {sorted(node_names(loss))}"
+        attachment = attach(loss, method=method)
+        if kind is CompiledPass:
+            assert isinstance(attachment, kind), f"{case.name}: no program was written"
+        loss.backward()
+        if method == "hesscale_gn":
+            g = [torch.zeros_like(g_y) for g_y in g]
+        expected = exact_local_diag(case.reference or case.operation, inputs, g, h)
+        scale = max(float(e.abs().max()) if e.numel() else 0.0 for e in expected)
+        tolerance = 1e-9 if dtype is torch.float64 else 1e-4
+        for x, e in zip(inputs, expected, strict=True):
+            assert x.hess_diag.shape == e.shape
+            assert x.hess_diag.dtype == dtype
+            error = float((x.hess_diag - e).abs().max()) if e.numel() else 0.0
+            assert error <= tolerance * max(scale, 1e-6), (
+                f"{case.name} ({kind.__name__}, {method}, g {with_g}, h {with_h}): error {error:.3e} at {scale:.3e}"
+            )
