@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,6 +72,35 @@ def probe(op: Operation, g: Any, h: Any) -> Any:
     """What was given to the probe; nothing where that is zero, as directly below a loss."""
     count = op.number("count")
     return (*[t if there else ZERO for t, there in zip(op.tensors("h"), op.prepared, strict=True)], *[None] * 2 * count)
+
+
+def with_constants(cases: Sequence[Case]) -> list[Case]:
+    """Each case of several inputs, with every choice of some of them as constants, which torch often does not save."""
+    made: list[Case] = []
+    for case in cases:
+        indices = range(len(case.inputs))
+        for count in range(1, len(case.inputs)):
+            made.extend(_with_constants(case, kept) for kept in itertools.combinations(indices, count))
+    return made
+
+
+def _with_constants(case: Case, kept: Sequence[int]) -> Case:
+    def closed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def operation(*tensors: Tensor) -> Any:
+            inputs = [x.detach().to(tensors[0].dtype) for x in case.tensors()]
+            for k, x in zip(kept, tensors, strict=True):
+                inputs[k] = x
+            return function(*inputs)
+
+        return operation
+
+    return dataclasses.replace(
+        case,
+        name=f"{case.name} by {' and '.join(map(str, kept))}",
+        operation=closed(case.operation),
+        inputs=[case.tensors()[k].detach() for k in kept],
+        reference=closed(case.reference) if case.reference else None,
+    )
 
 
 def node_names(loss: Tensor) -> set[str]:
