@@ -289,9 +289,16 @@ def _write(
     results: Mapping[int, int],
 ) -> None:
     """Writes the program of a pass that was taken down, and the code that recognises graphs like its own."""
-    if structure.learn(recording.conditions, recording.fetches) or structure.match is None:
+    known = {**facts, **recording.facts()}
+    news = structure.learn(recording.conditions, recording.fetches)
+    signature = structure.signature(known)
+    if signature is None:  # another graph of this structure was asked for what this one has not
+        structure.forget()
+        news = structure.learn(recording.conditions, recording.fetches)
+        signature = structure.signature(known)
+    if news or structure.match is None:
         structure.write(found, slots, wants_all, _prepares(plan))
-    variant = structure.variant(structure.signature({**facts, **recording.facts()}))
+    variant = structure.variant(signature)
     variant.program = compile_program(recording.recorder.lines, list(structure.fetches), results)
 
 

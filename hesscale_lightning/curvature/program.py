@@ -167,7 +167,8 @@ class _Writer:
 
     def _added(self, kind: str, arguments: tuple[Any, ...], like: Line) -> int:
         shapes = [s for a in arguments if type(a) is Slot and (s := self._lines[a.number].shape) is not None]
-        self._lines.append(Line(kind, arguments, (), torch.broadcast_shapes(*shapes), like.dtype, True))
+        shape, dtype = (torch.broadcast_shapes(*shapes), like.dtype) if shapes else (None, None)  # else: numbers
+        self._lines.append(Line(kind, arguments, (), shape, dtype, True))
         return len(self._lines) - 1
 
     def _is_like(self, x: Slot, line: Line) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from hesscale_lightning.curvature.graph import AccumulateGrad, Edge, Node
 from hesscale_lightning.curvature.operation import Operation, saved_by, signed
@@ -76,9 +77,9 @@ class Recording:
         """What the program depends on, by what was asked: shape and dtype of tensors, other values."""
         facts: dict[Any, Any] = {ask: (value,) for ask, value in self.conditions.items()}
         for key, (_, how) in self.fetches.items():
-            if how in ("tensor", "leaf"):
-                line = self.recorder.line_of_input(key)
-                facts[key] = (line.shape, line.dtype)
+            line = self.recorder.line_of_input(key)
+            if how != "object":
+                facts[key] = (False,) if how == "number" else (line.shape, line.dtype)
         return facts
 
     def gradient(self, position: int, output: int, g: Tensor) -> Symbol:
@@ -150,9 +151,10 @@ class Recording:
         if not isinstance(x, Tensor):
             self.condition(position, expression, x)
             return x
-        if x.dim() == 0 and x.device.type == "cpu" and not x.requires_grad:
-            self.fetches.setdefault(key, (Ask(position, expression), "number"))
-            self.read[key] = self.recorder.input(key, float(x))
+        number = as_number(x)
+        if number is not None:
+            self.fetches.setdefault((*key, "number"), (Ask(position, expression), "number"))
+            self.read[key] = self.recorder.input((*key, "number"), number)
             return self.read[key]
         return self._of(position, name, x, place)
 
@@ -197,16 +199,20 @@ class RecordedOperation(Operation):
     def prepared(self, value: Any) -> None:
         self._made = value
 
+    @override
     def tensor(self, name: str | int) -> Value:
         return self._recording.tensor(self.position, name)
 
+    @override
     def input(self, i: int, name: str | int) -> Value:
         edges = self._recording.edges[self.node]
         return self._recording.tensor(self.position, name, edges[i] if i < len(edges) else None)
 
+    @override
     def output(self, name: str | int) -> Value:
         return self._recording.tensor(self.position, name, (self.node, 0, False))
 
+    @override
     def tensors(self, name: str) -> tuple[Value, ...]:
         read = self._recording.read
         if (self.position, name) in read:
@@ -225,10 +231,12 @@ class RecordedOperation(Operation):
         read[self.position, name] = tuple(made)
         return read[self.position, name]
 
+    @override
     def operand(self, name: str, i: int | None = None) -> Value:
         edges = self._recording.edges[self.node]
         return self._recording.operand(self.position, name, None if i is None or i >= len(edges) else edges[i])
 
+    @override
     def number(self, name: str) -> Any:
         value = saved_by(self.node, name)
         if isinstance(value, Tensor):
@@ -236,9 +244,11 @@ class RecordedOperation(Operation):
         self._recording.condition(self.position, saved_name(self.node, name), value)
         return signed(value)
 
+    @override
     def backward(self, *h: Value) -> Value:
         return self._recording.recorder.call(_call_node, (self._recording.node(self.position), *h), {}, opaque=True)
 
+    @override
     def input_shape(self, i: int) -> torch.Size:
         shape = super().input_shape(i)
         recording = self._recording
@@ -252,6 +262,7 @@ class RecordedOperation(Operation):
             recording.condition(slot, f"tuple({{n}}._input_metadata[{output}].shape)", shape)
         return shape
 
+    @override
     def input_meta(self, i: int) -> tuple[torch.dtype, torch.device]:
         meta = super().input_meta(i)
         recording = self._recording
@@ -265,11 +276,13 @@ class RecordedOperation(Operation):
         recording.condition(slot, f"{of}.device", meta[1])
         return meta
 
+    @override
     def output_shape(self, i: int = 0) -> torch.Size:
         shape = super().output_shape(i)
         self._recording.condition(self.position, f"tuple({{n}}._input_metadata[{i}].shape)", shape)
         return shape
 
+    @override
     def output_dtype(self, i: int = 0) -> torch.dtype:
         dtype = super().output_dtype(i)
         self._recording.condition(self.position, f"{{n}}._input_metadata[{i}].dtype", dtype)
@@ -278,6 +291,13 @@ class RecordedOperation(Operation):
 
 def _call_node(node: Node, *h: Tensor | None) -> Any:
     return node(*h)
+
+
+def as_number(x: Tensor | None) -> float | None:
+    """The number that torch has kept as a tensor; None if it is none."""
+    if x is None or x.dim() or x.device.type != "cpu" or x.requires_grad:
+        return None
+    return float(x)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

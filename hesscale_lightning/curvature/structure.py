@@ -106,22 +106,27 @@ class Structure:
                 self._variants.popitem(last=False)
         return variant
 
-    def signature(self, facts: Mapping[Any, Any]) -> tuple[Any, ...]:
-        """The signature of a graph of which so much is known."""
-        return tuple([value for column in self._columns() for value in facts[column]])
+    def signature(self, facts: Mapping[Any, tuple[Any, ...]]) -> tuple[Any, ...] | None:
+        """The signature of a graph of which so much is known; None if that is not enough."""
+        columns = self._columns()
+        if any(column not in facts for column in columns):
+            return None
+        return tuple([value for column in columns for value in facts[column]])
 
-    def facts(self, signature: tuple[Any, ...]) -> dict[Any, Any]:
+    def facts(self, signature: tuple[Any, ...]) -> dict[Any, tuple[Any, ...]]:
         """What a signature says, by what it was asked for."""
         values = iter(signature)
-        return {
-            column: tuple([next(values) for _ in range(1 if isinstance(column, Ask) else 2)])
-            for column in self._columns()
-        }
+        widths = {key: 1 if how == "number" else 2 for key, (_, how) in self.fetches.items()}
+        return {column: tuple([next(values) for _ in range(widths.get(column, 1))]) for column in self._columns()}
 
     def _columns(self) -> list[Any]:
         """What the signature consists of: names of fetched tensors, with shape and dtype, and conditions."""
-        tensors = [key for key, (_, how) in self.fetches.items() if how in ("tensor", "leaf")]
-        return [*tensors, *self.conditions]
+        return [*[key for key, (_, how) in self.fetches.items() if how != "object"], *self.conditions]
+
+    def forget(self) -> None:
+        """Drops all that was made."""
+        self.conditions, self.fetches, self.match = {}, {}, None
+        self._variants.clear()
 
     def learn(self, conditions: Mapping[Ask, Any], fetches: Mapping[Any, tuple[Ask, str]]) -> bool:
         """Adds to what is asked of a graph. True: there was something new, and what was made before is dropped."""
@@ -272,6 +277,7 @@ class _MatchWriter:
             "input_meta": input_meta,
             "hashable": hashable,
             "has_weight_zero": has_weight_zero,
+            "as_number": as_number,
         }
         lines += self._leaves()
         lines += self._collected(conditions, fetches, prepares, namespace)
@@ -318,11 +324,13 @@ class _MatchWriter:
         for k, (ask, how) in enumerate(fetches):
             text = _asked(ask)
             if how == "number":
-                text = f"float({text})"
+                text = f"as_number({text})"
             lines.append(f"s{k} = {text}")
             values.append(f"s{k}")
-            if how in ("tensor", "leaf"):
-                signed.append(f"s{k}.shape, s{k}.dtype")
+            if how == "number":
+                signed.append(f"s{k} is None")
+            elif how != "object":
+                signed.append(f"s{k} is not None and s{k}.shape, s{k} is not None and s{k}.dtype")
         texts = [_asked(a) for a in conditions]
         for position in dict.fromkeys(a.position for a in conditions if "{n}._input_metadata" in a.expression):
             lines.append(f"i{position} = n{position}._input_metadata")

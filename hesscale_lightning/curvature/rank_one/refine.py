@@ -276,9 +276,8 @@ class _Decisions:
         shape = step.operations[-1].output_shape()
         for member, op in zip(composite.members, step.operations, strict=True):
             for i, entry in enumerate(member.wiring):
-                if entry == ~source:
-                    if op.input_shape(i) != shape:
-                        return PLAIN
+                if entry == ~source and op.input_shape(i) != shape:
+                    return PLAIN
         return State(state.part, state.inner, "estimate" if self._meet(step) else state.kind)
 
     # -- second: what it means for each step, now that every tensor's state is known

@@ -223,7 +223,7 @@ def linear(op: Operation, met: Met, g: Value, h: Value) -> Sequence[Value]:
         alpha, beta = op.number("alpha"), op.number("beta")
     else:
         a, b, alpha, beta = op.input(0, "self"), op.input(1, "mat2"), 1, 1
-    need_bias, need_a, need_b = op.needs if added else (False, *op.needs)
+    need_a, need_b = op.needs[-2:]
     part, made, inner = met.part, met.made, met.inners[0]
     whole = h if part is None else part.whole(g, h, inner)
     h_a = h_b = h_bias = ZERO
