@@ -29,6 +29,7 @@ will_execute = torch._C._will_engine_execute_node
 
 
 _current_group, _set_group = torch._C._get_graph_exec_group, torch._C._set_graph_exec_group
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 _latest: list[Any] = [None, None]  # autograd's number of the pass that began last, and a reference to its attachment
 
 
@@ -37,6 +38,7 @@ class Attachment:
 
     _handles: Sequence[Any] = ()
     _started = False
+    _spent = False
     _leaves: Sequence[tuple[int, Node]] = ()  # by cell, those that receive a diagonal in the end
     _inner: Mapping[int, tuple[Node, Tensor]] = {}  # by cell, node and tensor of each that is no leaf
     _fresh: Set[int] = frozenset()  # cells of the leaves that had no gradient when backward began
@@ -54,6 +56,10 @@ class Attachment:
         """Disarms: takes every hook off the graph and lets go of all tensors. Harmless when already spent."""
         for handle in self._handles:
             handle.remove()
+        self._spend()
+
+    def _spend(self) -> None:
+        self._spent = True
         self._handles = ()
         self._leaves = ()
         self._inner = {}
@@ -180,6 +186,8 @@ def on_gate(ref: weakref.ref[Attachment], grads: tuple[Tensor | None, ...]) -> N
             "the tensor given to attach() no longer exists, and its curvature went with it; attach the tensor on which "
             "backward() is called, or keep the attached one alive until then"
         )
+    if attachment._spent:
+        return  # torch will say that the graph was freed
     if attachment._started:
         attachment.remove()
         raise RuntimeError(
@@ -195,5 +203,10 @@ def _finish(ref: weakref.ref[Attachment]) -> None:
         return
     try:
         attachment._guarded(attachment._complete)
-    finally:
+    except BaseException:
         attachment.remove()
+        raise
+    if _keeps_graph():
+        attachment.remove()
+    else:  # the nodes have run for the last time, and their hooks go with them
+        attachment._spend()

@@ -14,6 +14,7 @@ from hesscale_lightning.curvature.attachment import Attachment, on_gate
 from hesscale_lightning.curvature.graph import Node
 from hesscale_lightning.curvature.interpreted import InterpretedPass
 from hesscale_lightning.curvature.program import Program
+from hesscale_lightning.curvature.structure import Structure
 
 _AWAITED: Any = object()  # stands for a gradient that backward has not delivered yet
 
@@ -24,7 +25,7 @@ class CompiledPass(Attachment):
     Args:
         device_type: Of the loss.
         program: What to run.
-        leaves: Positions of the leaves that receive a diagonal.
+        structure: Of the graph.
         nodes: The graph's nodes by position.
         saved: The program's inputs.
         instead: Called if only some nodes will run: arms a pass that runs rules, and returns it.
@@ -34,15 +35,18 @@ class CompiledPass(Attachment):
         self,
         device_type: str,
         program: Program,
-        leaves: Sequence[int],
+        structure: Structure,
         nodes: Sequence[Node],
         saved: list[Any],
         instead: Callable[[], InterpretedPass | None],
     ) -> None:
         super().__init__(device_type)
         self._program = program
-        self._leaves = [(position, nodes[position]) for position in leaves]
+        self._leaves = [(position, nodes[position]) for position in structure.leaves]
         self._nodes: Sequence[Node] = nodes
+        # Nothing happens above the first gradient that is needed, so where backward cannot pass it by, it begins there.
+        first = program.gradients[0] if program.gradients else -1
+        self._gate = first if 0 <= first <= structure.narrow else 0
         self._grads: list[Any] = [_AWAITED] * len(program.gradients)
         self._arrived: dict[int, Tensor] = {}
         self._own: set[int] = set()
@@ -57,17 +61,21 @@ class CompiledPass(Attachment):
     def arm(self) -> None:
         """Puts the hooks on the graph."""
         ref, nodes, program = weakref.ref(self), self._nodes, self._program
-        handles = [nodes[0].register_prehook(partial(on_gate, ref))]
         store = self._grads.__setitem__
+        handles = []
+        if not program.gradients or program.gradients[0] != self._gate:
+            handles.append(nodes[self._gate].register_prehook(partial(on_gate, ref)))
         for k, (position, sweeps) in enumerate(zip(program.gradients, program.sweeps)):  # noqa: B905 (made together)
-            # A hook that stores runs without a Python frame.
-            hook = partial(_on_sweep, ref, k) if sweeps else partial(store, k)
+            if position == self._gate:
+                hook: Callable[..., None] = partial(_on_gate, ref, k, sweeps)
+            else:  # a hook that stores runs without a Python frame
+                hook = partial(_on_sweep, ref, k) if sweeps else partial(store, k)
             handles.append(nodes[position].register_prehook(hook))
         self._handles = handles
 
     def _let_go(self) -> None:
         self._running = None
-        self._grads.clear()  # in place: the hooks share it
+        self._grads[:] = [None] * len(self._grads)  # in place: the hooks share it
         self._arrived = {}
         self._nodes = ()
         self._instead = None
@@ -80,7 +88,7 @@ class CompiledPass(Attachment):
         self._substitute = self._instead()
         self._running = None
         if self._substitute is not None:
-            self._substitute.ride(grads)
+            self._substitute.ride(self._gate, grads)
 
     def _finished(self, position: int, h: Tensor, own: bool) -> None:
         self._arrived[position] = h
@@ -123,10 +131,23 @@ def _without_gaps(grads: tuple[Tensor | None, ...], node: Node) -> tuple[Tensor,
     )
 
 
+def _on_gate(
+    ref: weakref.ref[CompiledPass], k: int, sweeps: bool, grads: tuple[Tensor | None, ...]
+) -> None:
+    """The hook that fires first, where it also brings a gradient."""
+    on_gate(ref, grads)
+    attachment = ref()
+    if attachment is not None and attachment._started and not attachment._spent:
+        if sweeps:
+            _on_sweep(ref, k, grads)
+        else:
+            attachment._grads[k] = grads
+
+
 def _on_sweep(ref: weakref.ref[CompiledPass], k: int, grads: tuple[Tensor | None, ...]) -> None:
     """The hook of a gradient with which the program goes on."""
     attachment = ref()
-    if attachment is None or not attachment._grads:
+    if attachment is None or attachment._spent:
         return
     attachment._grads[k] = grads
     if not attachment._started or attachment._running is None or not attachment._lock.acquire(blocking=False):

@@ -247,7 +247,7 @@ def _compiled(
         return None
     device_type = loss.device.type
     instead = partial(_interpreted, device_type, root, wanted, method)
-    compiled = CompiledPass(device_type, variant.program, structure.leaves, nodes, saved, instead)
+    compiled = CompiledPass(device_type, variant.program, structure, nodes, saved, instead)
     compiled.arm()
     return compiled
 

@@ -78,18 +78,18 @@ class InterpretedPass(Attachment):
         self._last = {}
         self._recording = self._recorded = None
 
-    def ride(self, grads: tuple[Tensor | None, ...]) -> None:
-        """Begins within a pass that has just begun, at its first node."""
+    def ride(self, gate: int, grads: tuple[Tensor | None, ...]) -> None:
+        """Begins within a pass that has just begun, at the node at ``gate``, above which there is nothing to do."""
         self._leaves = [leaf for leaf in self._leaves if will_execute(leaf[1])]
         self._started = True
         ref = weakref.ref(self)
         self._handles = [
             self._nodes[step.cell].register_prehook(partial(_on_step, ref, k))
             for k, step in enumerate(self._steps)
-            if step.cell
+            if step.cell > gate
         ]
         for k, step in enumerate(self._steps):
-            if not step.cell:
+            if step.cell == gate:
                 self._guarded(together, self._group, self._run, k, grads)
 
     def _only_some(self, grads: tuple[Tensor | None, ...]) -> None:
@@ -178,7 +178,7 @@ class InterpretedPass(Attachment):
 def _on_step(ref: weakref.ref[InterpretedPass], k: int, grads: tuple[Tensor | None, ...]) -> None:
     """The hook of every step."""
     attachment = ref()
-    if attachment is None or not attachment._started:
+    if attachment is None or attachment._spent or not attachment._started:
         return
     with attachment._lock:
         attachment._guarded(together, attachment._group, attachment._run, k, grads)

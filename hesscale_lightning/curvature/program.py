@@ -65,7 +65,10 @@ class _Writer:
         self._inputs = inputs
         self._results = dict(results)
         self._order = [k for k in range(len(lines)) if lines[k].kind != "input"]
-        self._constants: dict[str, Any] = {"addcmul": torch.addcmul, "add": torch.add, "sub": torch.sub}
+        self._constants: dict[str, Any] = {
+            "addcmul": torch.addcmul, "add": torch.add, "sub": torch.sub, "mm": torch.mm, "bmm": torch.bmm,
+            "foreach_mul": torch._foreach_mul,
+        }  # fmt: skip
         self._names: dict[Any, str] = {}
 
     def program(self) -> Program:
@@ -412,6 +415,10 @@ class _Writer:
         if line.kind in ("T", "mT", "H", "mH"):
             return f"{self._text(arguments[0])}.{line.kind}"
         texts = [self._text(a) for a in arguments]
+        if line.kind == "@":
+            a, b = (self._lines[x.number].shape for x in arguments)
+            if a is not None and b is not None and len(a) == len(b) in (2, 3) and a[:-2] == b[:-2]:
+                return f"{'mm' if len(a) == 2 else 'bmm'}({texts[0]}, {texts[1]})"
         if line.kind == "call" or line.kind[0] == ".":
             called = texts[0] if line.kind == "call" else texts[0] + line.kind
             return f"{called}({', '.join(texts[1:] + [f'{name}={self._text(a)}' for name, a in line.keywords])})"

@@ -84,6 +84,7 @@ class Structure:
         fetches: What the programs take from a graph, by name, in that order.
         conditions: What makes up the signature, beside shapes and dtypes of what is fetched.
         leaves: Positions of the wanted leaves.
+        narrow: The last position up to which backward passes one node at a time.
         follower: The structure that was met after this one.
     """
 
@@ -93,6 +94,7 @@ class Structure:
         self.fetches: dict[Any, tuple[Ask, str]] = {}
         self.conditions: dict[Ask, None] = {}
         self.leaves: list[int] = []
+        self.narrow = 0
         self.follower: Structure | None = None
         self.source = ""
         self._variants: OrderedDict[Any, Variant] = OrderedDict()
@@ -142,10 +144,21 @@ class Structure:
     def write(self, found: Trace, slots: Mapping[Node, int], wants_all: bool, prepares: Mapping[int, Any]) -> None:
         """Writes ``match`` for graphs like ``found``."""
         self.leaves = [slots[n] for n in found.nodes if type(n) is AccumulateGrad]
+        self.narrow = _narrow(found)
         writer = _MatchWriter(found, slots, wants_all)
         self.source, namespace = writer.written(list(self.conditions), list(self.fetches.values()), prepares)
         exec(self.source, namespace)  # made of slots and of names that nodes have
         self.match = namespace["match"]
+
+
+def _narrow(found: Trace) -> int:
+    """The last position up to which every node leads to one other node only."""
+    position = 0
+    while True:
+        children = {child for child, _, _ in found.edges[found.nodes[position]] if child is not None}
+        if len(children) != 1 or found.index[children.pop()] != position + 1:
+            return position
+        position += 1
 
 
 class StructureCache:
