@@ -131,9 +131,7 @@ def _without_gaps(grads: tuple[Tensor | None, ...], node: Node) -> tuple[Tensor,
     )
 
 
-def _on_gate(
-    ref: weakref.ref[CompiledPass], k: int, sweeps: bool, grads: tuple[Tensor | None, ...]
-) -> None:
+def _on_gate(ref: weakref.ref[CompiledPass], k: int, sweeps: bool, grads: tuple[Tensor | None, ...]) -> None:
     """The hook that fires first, where it also brings a gradient."""
     on_gate(ref, grads)
     attachment = ref()

@@ -1,26 +1,20 @@
 """Straight-line programs: what the rules of a pass have computed, to be run again for other graphs of the structure.
 
-The lines that a :class:`~.recorder.Recorder` took down are made cheaper and written as one Python function:
-
-- what no result needs is left out;
-- a factor that two added products share is taken out, ``s s h + s u g -> s (s h + u g)``;
-- a product that is added to something is added by the same operation (``addcmul``, ``add`` with ``alpha``);
-- a result takes the memory of an operand where nothing else, no view and no later line, reads that memory;
-- a tensor is dropped after its last use.
-
-The function is a generator: it stops where it needs gradients that backward has not delivered, so that what it holds
-can be freed on the way.
+The lines that a :class:`~.recorder.Recorder` took down are made cheaper (:mod:`.rewriting`) and written as one Python
+function. A result takes the memory of an operand where nothing else, no view and no later line, reads that memory, and
+a tensor is dropped after its last use. The function is a generator: it stops where it needs gradients that backward has
+not delivered, so that what it holds can be freed on the way.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from hesscale_lightning.curvature.recorder import Constant, Line, Slot
+from hesscale_lightning.curvature.rewriting import Rewriter, slots_of
 
 #: Bytes of gradients that may wait before what can be computed is computed.
 _MOST_WAITING = 2**18
@@ -61,191 +55,18 @@ def compile_program(lines: Sequence[Line], inputs: Sequence[Any], results: Mappi
 
 class _Writer:
     def __init__(self, lines: Sequence[Line], inputs: Sequence[Any], results: Mapping[int, int]) -> None:
-        self._lines = list(lines)
+        rewriter = Rewriter(lines, results)
+        rewriter.run()
+        self._lines, self._order, self._needed = rewriter.lines, rewriter.order, rewriter.needed
         self._inputs = inputs
         self._results = dict(results)
-        self._order = [k for k in range(len(lines)) if lines[k].kind != "input"]
         self._constants: dict[str, Any] = {
             "addcmul": torch.addcmul, "add": torch.add, "sub": torch.sub, "mm": torch.mm, "bmm": torch.bmm,
-            "foreach_mul": torch._foreach_mul,
         }  # fmt: skip
         self._names: dict[Any, str] = {}
 
     def program(self) -> Program:
-        self._drop_unused()
-        self._turn_products()
-        self._take_out_factors()
-        self._fuse()
-        self._drop_unused()
-        return self._written()
-
-    # -- passes
-
-    def _uses(self) -> Counter[int]:
-        uses: Counter[int] = Counter(self._results.values())
-        for k in self._order:
-            uses.update(_slots(self._lines[k]))
-        return uses
-
-    def _drop_unused(self) -> None:
-        needed = set(self._results.values())
-        for k in reversed(self._order):
-            if k in needed:
-                needed.update(_slots(self._lines[k]))
-        self._order = [k for k in self._order if k in needed]
-        self._needed = needed
-
-    def _turn_products(self) -> None:
-        """``(A B)^T`` into ``B^T A^T``, which lays a weight's curvature out like the weight."""
-        uses = self._uses()
-        order: list[int] = []
-        for k in self._order:
-            line = self._lines[k]
-            if line.kind == ".t" and uses[line.arguments[0].number] == 1:
-                product = self._lines[line.arguments[0].number]
-                if product.kind == "@" and product.shape is not None and len(product.shape) == 2:
-                    sides = []
-                    for x in reversed(product.arguments):
-                        made = self._lines[x.number]
-                        if made.kind == ".t":
-                            sides.append(made.arguments[0])
-                        else:
-                            assert made.shape is not None
-                            self._lines.append(Line(".t", (x,), (), made.shape[::-1], made.dtype, False))
-                            sides.append(Slot(len(self._lines) - 1))
-                            order.append(sides[-1].number)
-                    self._lines[k] = line._replace(kind="@", arguments=tuple(sides), fresh=True)
-            order.append(k)
-        self._order = order
-        self._drop_unused()
-
-    def _take_out_factors(self) -> None:
-        uses = self._uses()
-        order: list[int] = []
-        for k in self._order:
-            line = self._lines[k]
-            if line.kind in "+-" and all(type(a) is Slot for a in line.arguments):
-                order += self._with_factor_taken_out(k, line, uses)
-            order.append(k)
-        self._order = order
-        self._drop_unused()
-
-    def _with_factor_taken_out(self, k: int, line: Line, uses: Counter[int]) -> list[int]:
-        """Lines to be put before line ``k``, which becomes a product; none if there is no common factor."""
-        left, right = (self._factors(a.number, uses) for a in line.arguments)
-        common = [f for f in left if type(f) is Slot and f in right and self._is_like(f, line)]
-        if not common or len(left) < 2 or len(right) < 2:
-            return []
-        factor = common[0]
-        if any(self._dtype(f) not in (line.dtype, None) for f in left + right):
-            return []
-        made: list[int] = []
-        sides = []
-        for factors in (left, right):
-            rest = list(factors)
-            rest.remove(factor)
-            rest.sort(key=lambda f: type(f) is not Slot)  # numbers last
-            product = rest[0]
-            if type(product) is not Slot:
-                return []
-            for other in rest[1:]:
-                product = Slot(self._added("*", (product, other), line))
-                made.append(product.number)
-            sides.append(product)
-        inner = self._added(line.kind, tuple(sides), line)
-        made.append(inner)
-        for a in line.arguments:
-            uses[a.number] -= 1
-        uses.update(n for m in made for n in _slots(self._lines[m]))
-        uses[factor.number] += 1
-        self._lines[k] = line._replace(kind="*", arguments=(Slot(inner), factor))
-        return made
-
-    def _factors(self, slot: int, uses: Counter[int]) -> list[Any]:
-        """The factors of a product that nothing else uses."""
-        line = self._lines[slot]
-        if line.kind != "*" or uses[slot] != 1:
-            return [Slot(slot)]
-        return [f for a in line.arguments for f in (self._factors(a.number, uses) if type(a) is Slot else [a])]
-
-    def _added(self, kind: str, arguments: tuple[Any, ...], like: Line) -> int:
-        shapes = [s for a in arguments if type(a) is Slot and (s := self._lines[a.number].shape) is not None]
-        shape, dtype = (torch.broadcast_shapes(*shapes), like.dtype) if shapes else (None, None)  # else: numbers
-        self._lines.append(Line(kind, arguments, (), shape, dtype, True))
-        return len(self._lines) - 1
-
-    def _is_like(self, x: Slot, line: Line) -> bool:
-        other = self._lines[x.number]
-        return other.shape == line.shape and other.dtype is line.dtype
-
-    def _dtype(self, x: Any) -> Any:
-        return self._lines[x.number].dtype if type(x) is Slot else None
-
-    def _fuse(self) -> None:
-        """Products into the sums that alone use them, and ``(1 - z) u`` into ``u - z u``."""
-        uses = self._uses()
-        for k in self._order:
-            line = self._lines[k]
-            if line.shape is None:
-                continue
-            if line.kind == "*":
-                self._fuse_complement(k, line, uses)
-            elif line.kind in "+-" and all(type(a) is Slot for a in line.arguments):
-                first, second = line.arguments
-                fused = self._fused_sum(line, first, second, -1 if line.kind == "-" else 1, uses)
-                if fused is None and line.kind == "+":
-                    fused = self._fused_sum(line, second, first, 1, uses)
-                if fused is not None:
-                    self._lines[k] = fused
-
-    def _fuse_complement(self, k: int, line: Line, uses: Counter[int]) -> None:
-        for complement, other in (line.arguments, line.arguments[::-1]):
-            if type(complement) is not Slot or type(other) is not Slot or complement == other:
-                continue
-            made = self._lines[complement.number]
-            if (
-                made.kind == "-"
-                and made.arguments[0] == 1
-                and type(made.arguments[0]) is not Slot
-                and uses[complement.number] <= 2
-                and self._is_like(other, line)
-                and self._is_like(made.arguments[1], line)
-            ):
-                z = made.arguments[1]
-                self._lines[k] = line._replace(kind="addcmul", arguments=(other, other, z, -1))
-                return
-
-    def _fused_sum(self, line: Line, kept: Slot, product: Slot, sign: int, uses: Counter[int]) -> Line | None:
-        made = self._lines[product.number]
-        if made.kind != "*" or uses[product.number] != 1 or kept == product:
-            return None
-        if self._dtype(kept) is not line.dtype or made.dtype is not line.dtype:
-            return None
-        a, b = made.arguments
-        if self._is_number(b):
-            inner = self._lines[a.number]
-            if (
-                (sign == 1 or type(b) is not Slot)
-                and inner.kind == "*"
-                and uses[a.number] == 1
-                and inner.dtype is line.dtype
-            ):
-                x, y = inner.arguments
-                if not self._is_number(y) and self._dtype(x) is self._dtype(y) is line.dtype:
-                    return line._replace(kind="addcmul", arguments=(kept, x, y, b if sign == 1 else -b))
-            if type(b) is Slot:
-                return line._replace(kind="add" if sign == 1 else "sub", arguments=(kept, a, b))
-            return line._replace(kind="add", arguments=(kept, a, sign * b))
-        if self._dtype(a) is self._dtype(b) is line.dtype:
-            return line._replace(kind="addcmul", arguments=(kept, a, b, sign))
-        return None
-
-    def _is_number(self, x: Any) -> bool:
-        return type(x) is not Slot or self._lines[x.number].shape is None
-
-    # -- writing
-
-    def _written(self) -> Program:
+        """The program."""
         gradients, sweeps, starts = self._segments()
         last = self._last_reads()
         group = self._groups()
@@ -268,20 +89,20 @@ class _Writer:
         }
         first_read: dict[int, int] = {}
         for i, k in enumerate(self._order):
-            for n in _slots(self._lines[k]):
+            for n in slots_of(self._lines[k]):
                 first_read.setdefault(n, i)
         for i, k in enumerate(self._order):
             if i in starts:
                 body.append(f"yield {starts[i]}")
                 arrived = starts[i]
             line = self._lines[k]
-            for n in dict.fromkeys(_slots(line)):
+            for n in dict.fromkeys(slots_of(line)):
                 if n in of_gradient and first_read[n] == i:
                     entry, output = of_gradient[n]
                     assert entry < arrived
                     body.append(f"v{n} = grads[{entry}][{output}]")
             body.append(f"v{k} = {self._expression(k, line, i, last, group)}")
-            dropped = [n for n in dict.fromkeys(_slots(line)) if last[n] == i]
+            dropped = [n for n in dict.fromkeys(slots_of(line)) if last[n] == i]
             if dropped:
                 body.append("del " + ", ".join(f"v{n}" for n in dropped))
         for number, slot in self._results.items():
@@ -319,7 +140,7 @@ class _Writer:
                 waiting = 0
         for i, k in enumerate(self._order):
             need = 0
-            for n in _slots(self._lines[k]):
+            for n in slots_of(self._lines[k]):
                 if self._lines[n].kind == "input" and self._is_gradient(n):
                     need = max(need, order[self._lines[n].arguments[0][1]] + 1)
             if need:
@@ -347,7 +168,7 @@ class _Writer:
         last: dict[int, int] = {}
         for i, k in enumerate(self._order):
             last.setdefault(k, i)
-            for n in _slots(self._lines[k]):
+            for n in slots_of(self._lines[k]):
                 last[n] = i
         for slot in self._results.values():
             last[slot] = len(self._order)
@@ -365,7 +186,7 @@ class _Writer:
             if (not line.fresh and line.shape is not None) or line.kind == "call":
                 if line.fresh:
                     continue
-                for n in _slots(line):
+                for n in slots_of(line):
                     if self._lines[n].shape is not None or self._lines[n].kind == "call":
                         joined = group[k] | group[n]
                         for m in joined:
@@ -458,18 +279,3 @@ class _Writer:
             name = self._names[key] = f"c{len(self._names)}"
             self._constants[name] = value
         return name
-
-
-def _slots(line: Line) -> list[int]:
-    """Numbers of the slots that a line reads."""
-    if line.kind == "input":
-        return []
-    found: list[int] = []
-    stack = [*line.keywords, *reversed(line.arguments)]
-    while stack:
-        argument = stack.pop()
-        if type(argument) is Slot:
-            found.append(argument.number)
-        elif type(argument) is tuple:
-            stack.extend(reversed(argument))
-    return found
