@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hesscale_lightning.curvature.graph import AccumulateGrad, Node
 from hesscale_lightning.curvature.precision import HALF
-from hesscale_lightning.curvature.values import Value
+from hesscale_lightning.curvature.values import ZERO, Value
 
 
 class UnsupportedOperationError(NotImplementedError):
@@ -62,7 +62,7 @@ class Operation:
 
     def need(self, i: int) -> bool:
         """Whether input ``i`` leads to a wanted tensor."""
-        return self.needs[i]
+        return i < len(self.needs) and self.needs[i]
 
     def tensor(self, name: str | int) -> Value:
         """A saved tensor, floating ones in float32 or better; None where the node has not saved it."""
@@ -99,13 +99,17 @@ class Operation:
         """A saved number, flag, text, or tuple of numbers, on which the formula may branch; negative ones are so."""
         return signed(self._get(name))
 
+    def saves_tensor(self, name: str) -> bool:
+        """Whether what the node has saved under this name is a tensor."""
+        return isinstance(self._get(name), Tensor)
+
     def has(self, name: str) -> bool:
         """Whether nodes of this kind save something of this name."""
         return hasattr(type(self.node), f"_saved_{name}")
 
     def backward(self, *h: Value) -> Value:
         """What the autograd node does to a gradient: ``J^T h``. Only for nodes that have saved sizes and no tensor."""
-        return self.node(*h)
+        return self.node(*[None if x is ZERO else x for x in h])
 
     # -- what is known of inputs and outputs
 

@@ -18,7 +18,7 @@ from hesscale_lightning.curvature.graph import AccumulateGrad, Edge, Node
 from hesscale_lightning.curvature.operation import Operation, saved_by, signed
 from hesscale_lightning.curvature.precision import HALF
 from hesscale_lightning.curvature.recorder import Recorder
-from hesscale_lightning.curvature.values import Symbol, Value
+from hesscale_lightning.curvature.values import ZERO, Symbol, Value
 
 
 class Ask(NamedTuple):
@@ -246,7 +246,8 @@ class RecordedOperation(Operation):
 
     @override
     def backward(self, *h: Value) -> Value:
-        return self._recording.recorder.call(_call_node, (self._recording.node(self.position), *h), {}, opaque=True)
+        given = [None if x is ZERO else x for x in h]
+        return self._recording.recorder.call(_call_node, (self._recording.node(self.position), *given), {}, opaque=True)
 
     @override
     def input_shape(self, i: int) -> torch.Size:
