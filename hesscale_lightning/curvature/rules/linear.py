@@ -63,7 +63,7 @@ def _outer(x: Value, y: Value) -> Value:
 #: h_A from h and B^2, and h_B from A^2 and h.
 _PRODUCTS: tuple[tuple[str, str, str, str, Product, Product], ...] = (
     ("BaddbmmBackward0", "batch1", "batch2", "Y = beta C + alpha A B", lambda h, b: h @ b.mT, lambda a, h: a.mT @ h),
-    ("AddbmmBackward0", "batch1", "batch2", "Y = beta C + alpha sum A_k B_k", lambda h, b: h @ b.mT, lambda a, h: a.mT @ h),
+    ("AddbmmBackward0", "batch1", "batch2", "Y = beta C + alpha sum A B", lambda h, b: h @ b.mT, lambda a, h: a.mT @ h),
     ("MvBackward0", "self", "vec", "y = A x", _outer, lambda a, h: a.t() @ h),
     ("AddmvBackward0", "mat", "vec", "y = beta c + alpha A x", _outer, lambda a, h: a.t() @ h),
     ("AddrBackward0", "vec1", "vec2", "Y = beta C + alpha a b^T", lambda h, b: h @ b, lambda a, h: h.t() @ a),
