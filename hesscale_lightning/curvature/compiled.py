@@ -49,8 +49,7 @@ class CompiledPass(Attachment):
         self._gate = first if 0 <= first <= structure.narrow else 0
         self._grads: list[Any] = [_AWAITED] * len(program.gradients)
         self._arrived: dict[int, Tensor] = {}
-        self._own: set[int] = set()
-        self._running: Any = program.run(saved, self._grads, self._finished)
+        self._running: Any = program.run(saved, self._grads, self._arrived)
         self._need = 0
         self._instead: Any = instead
         self._substitute: InterpretedPass | None = None
@@ -90,11 +89,6 @@ class CompiledPass(Attachment):
         if self._substitute is not None:
             self._substitute.ride(self._gate, grads)
 
-    def _finished(self, position: int, h: Tensor, own: bool) -> None:
-        self._arrived[position] = h
-        if own:
-            self._own.add(position)
-
     def _advance(self) -> None:
         """Runs the program until it needs a gradient that has not come yet."""
         grads, program, running = self._grads, self._program, self._running
@@ -118,7 +112,7 @@ class CompiledPass(Attachment):
                 "backward did not run all operations that it was to run: this is a bug, please report it"
             )
         arrived = self._arrived
-        self._write({cell: arrived.get(cell) for cell, _ in self._leaves}, self._own)
+        self._write({cell: arrived.get(cell) for cell, _ in self._leaves}, self._program.own)
 
 
 def _without_gaps(grads: tuple[Tensor | None, ...], node: Node) -> tuple[Tensor, ...]:

@@ -23,7 +23,7 @@ from hesscale_lightning.curvature.interpreted import InterpretedPass
 from hesscale_lightning.curvature.operation import Operation
 from hesscale_lightning.curvature.plan import Output, Plan
 from hesscale_lightning.curvature.planning import cells_of_goals, make_plan, refuse_hidden_parameters
-from hesscale_lightning.curvature.program import compile_program
+from hesscale_lightning.curvature.program import Program, compile_program
 from hesscale_lightning.curvature.recorded_operation import RecordedOperation, Recording
 from hesscale_lightning.curvature.registry import find_rule
 from hesscale_lightning.curvature.structure import MOST_NODES, Met, Structure, StructureCache, fingerprint, slots_of
@@ -116,6 +116,10 @@ def backward(
         >>> w.grad, w.hess_diag
         (tensor([ 3., 12.]), tensor([ 6., 12.]))
     """
+    inputs = backward_kwargs.get("inputs")
+    if inputs is not None:  # those alone receive a gradient
+        chosen = _by_id([inputs] if isinstance(inputs, Tensor) else inputs) or {}
+        params = chosen.values() if params is None else [p for p in params if id(p) in chosen]
     attachment = attach(loss, params, method=method)
     try:
         loss.backward(**backward_kwargs)
@@ -221,7 +225,8 @@ def _armed(loss: Tensor, root: Node, wanted: dict[int, Tensor] | None, method: s
             visits = structure.variant(met[2]).visits
             facts = structure.facts(met[2])
     legacy = any((r := find_rule(n)) is not None and r.legacy for n in found.nodes)  # LEGACY
-    recording = Recording(found.nodes, found.edges, slots) if visits >= 2 and not legacy else None
+    writes = structure is not None and (visits >= 2 or _structures.unused < _structures.patience)
+    recording = Recording(found.nodes, found.edges, slots) if writes and not legacy else None
     interpreted = _interpreter(device_type, root, found, inner, method, recording)
     if recording is not None and structure is not None:
         interpreted.when_recorded(
@@ -245,6 +250,9 @@ def _compiled(
     if variant.program is None:
         variant.visits += 1
         return None
+    if not variant.used:
+        variant.used = True
+        _structures.unused -= 1
     device_type = loss.device.type
     instead = partial(_interpreted, device_type, root, wanted, method)
     compiled = CompiledPass(device_type, variant.program, structure, nodes, saved, instead)
@@ -287,8 +295,12 @@ def _write(
     plan: Plan,
     facts: Mapping[Any, Any],
     results: Mapping[int, int],
-) -> None:
-    """Writes the program of a pass that was taken down, and the code that recognises graphs like its own."""
+) -> tuple[Program, list[Any]]:
+    """Writes the program of a pass that was taken down, and the code that recognises graphs like its own.
+
+    Returns:
+        The program, and the names of its inputs.
+    """
     known = {**facts, **recording.facts()}
     news = structure.learn(recording.conditions, recording.fetches)
     signature = structure.signature(known)
@@ -298,8 +310,12 @@ def _write(
         signature = structure.signature(known)
     if news or structure.match is None:
         structure.write(found, slots, wants_all, _prepares(plan))
-    variant = structure.variant(signature)
-    variant.program = compile_program(recording.recorder.lines, list(structure.fetches), results)
+    inputs = list(structure.fetches)
+    program = compile_program(recording.recorder.lines, inputs, results)
+    if signature is not None:
+        structure.variant(signature).program = program
+        _structures.unused += 1
+    return program, inputs
 
 
 def _prepares(plan: Plan) -> dict[int, Callable[[Node], Any]]:

@@ -18,6 +18,7 @@ from hesscale_lightning.curvature.attachment import Attachment, on_gate, togethe
 from hesscale_lightning.curvature.graph import Node
 from hesscale_lightning.curvature.plan import Plan, Step
 from hesscale_lightning.curvature.precision import HALF
+from hesscale_lightning.curvature.program import Program
 from hesscale_lightning.curvature.recorded_operation import Recording
 from hesscale_lightning.curvature.values import ZERO, Symbol, Value
 
@@ -50,14 +51,17 @@ class InterpretedPass(Attachment):
         self._inner = inner
         self._left_out: dict[int, Value] = {}  # gradients, by cell, that composites account for already
         self._recording = recording
-        self._recorded: Callable[[Mapping[int, int]], None] | None = None
+        self._recorded: Callable[[Mapping[int, int]], tuple[Program, Sequence[Any]]] | None = None
         self._waiting = len(plan.steps)
         self._group = GraphExecGroup()
         # An operation may take part in two steps: in a composite, and on its own.
         self._last = {id(op): k for k, step in enumerate(plan.steps) for op in step.operations}
 
-    def when_recorded(self, write: Callable[[Mapping[int, int]], None]) -> None:
-        """Has ``write`` called with each leaf's slot, by cell, when the pass is complete and all was taken down."""
+    def when_recorded(self, write: Callable[[Mapping[int, int]], tuple[Program, Sequence[Any]]]) -> None:
+        """Has ``write`` called with each leaf's slot, by cell, when the pass is complete and all was taken down.
+
+        It returns the program, and the names of its inputs in their order.
+        """
         self._recorded = write
 
     def arm(self) -> None:
@@ -169,10 +173,26 @@ class InterpretedPass(Attachment):
         return [None if h is ZERO else h.value if isinstance(h, Symbol) else h for h in self._cells]
 
     def _complete(self) -> None:
+        if self._recorded is None or self._waiting:
+            self._write(self.arrived())
+            return
         cells = self._cells
-        self._write(self.arrived())
-        if self._recorded is not None and not self._waiting:
-            self._recorded({cell: h.slot for cell, _ in self._leaves if isinstance(h := cells[cell], Symbol)})
+        program, saved = self._recorded({c: h.slot for c, _ in self._leaves if isinstance(h := cells[c], Symbol)})
+        kept = None if self._recording is None else self._recording.recorder.kept
+        if kept is None:
+            self._write(self.arrived())
+            return
+        # What the program computes differs by rounding: the first step takes it too, so that a run that is resumed
+        # equals one that was not interrupted.
+        arrived: dict[int, Any] = dict.fromkeys(range(len(cells)))
+        grads = [{o: g for (_, p, o), g in _gradients(kept) if p == position} for position in program.gradients]
+        for _ in program.run([kept.get(name) for name in saved], grads, arrived):
+            pass
+        self._write(arrived, program.own)
+
+
+def _gradients(kept: Mapping[Any, Any]) -> list[tuple[Any, Tensor]]:
+    return [(name, g) for name, g in kept.items() if isinstance(name, tuple) and name[0] == "g"]
 
 
 def _on_step(ref: weakref.ref[InterpretedPass], k: int, grads: tuple[Tensor | None, ...]) -> None:

@@ -24,15 +24,17 @@ class Program(NamedTuple):
     """A program and what it needs.
 
     Attributes:
-        run: ``run(saved, grads, finish)``, a generator; see :func:`compile_program`.
+        run: ``run(saved, grads, arrived)``, a generator; see :func:`compile_program`.
         gradients: The nodes (by position) whose gradients it takes, in the order in which it does.
         sweeps: For each of these, whether the program is to go on when it has arrived.
+        own: Which results share no memory with anything else.
         source: What ``run`` was compiled from.
     """
 
     run: Callable[..., Any]
     gradients: list[int]
     sweeps: list[bool]
+    own: frozenset[int]
     source: str
 
 
@@ -45,10 +47,9 @@ def compile_program(lines: Sequence[Line], inputs: Sequence[Any], results: Mappi
         results: For each result by a number of the caller's, its slot.
 
     Returns:
-        The program. ``run(saved, grads, finish)`` takes the inputs in their order, which it clears, and a list with an
-        entry for each gradient, which backward fills; it yields the index up to which it needs them next, and at the
-        end calls ``finish(number, tensor, own)`` for each result, where ``own`` says that no other result and no input
-        shares its memory.
+        The program. ``run(saved, grads, arrived)`` takes the inputs in their order, which it clears, a list with an
+        entry for each gradient, which backward fills, and a dictionary for the results; it yields the index up to which
+        it needs the gradients next.
     """
     return _Writer(lines, inputs, results).program()
 
@@ -109,11 +110,12 @@ class _Writer:
             if slot in of_gradient:  # a gradient cannot be a curvature, but a rule may say so
                 entry, output = of_gradient[slot]
                 body.append(f"v{slot} = grads[{entry}][{output}]")
-            body.append(f"finish({number}, v{slot}, {self._is_own(slot, group)})")
+            body.append(f"arrived[{number}] = v{slot}")
         body.append("return\n    yield")
-        source = "def run(saved, grads, finish):\n    " + "\n    ".join(body) + "\n"
+        source = "def run(saved, grads, arrived):\n    " + "\n    ".join(body) + "\n"
         exec(source, self._constants)  # the source is made of the kinds and constants above alone
-        return Program(self._constants["run"], gradients, sweeps, source)
+        own = frozenset(number for number, slot in self._results.items() if self._is_own(slot, group))
+        return Program(self._constants["run"], gradients, sweeps, own, source)
 
     def _is_gradient(self, k: int) -> bool:
         name = self._lines[k].arguments[0]

@@ -27,6 +27,10 @@ OPERATORS: dict[str, Callable[..., Any]] = {
 FRESH = frozenset({"+", "-", "*", "/", "**", "@", ".sum", ".mean", ".exp", ".mm", ".bmm", ".reciprocal", ".where"})
 
 
+#: Bytes of inputs that are kept to run a program at once that has just been written.
+_MOST_KEPT = 2**26
+
+
 class Line(NamedTuple):
     """One step of a program.
 
@@ -76,14 +80,36 @@ class Recorder:
         self.lines: list[Line] = []
         self._known: dict[Any, int] = {}
         self._alive: weakref.WeakValueDictionary[int, Symbol] = weakref.WeakValueDictionary()
-        self._inputs: dict[Any, Symbol] = {}
+        self._inputs: dict[Any, int] = {}
+        self._kept: dict[Any, Any] | None = {}  # values of the inputs, as long as they are small
+        self._bytes = 0
 
     def input(self, key: Any, value: Any) -> Symbol:
         """What the program receives, by a name of the caller's; the same symbol for the same name."""
-        known = self._inputs.get(key)
+        slot = self._inputs.get(key)
+        if slot is None:
+            symbol = self._new(Line("input", (key,), (), *_facts(value), False), value)
+            self._inputs[key] = symbol.slot
+            self._keep(key, value)
+            return symbol
+        known = self._alive.get(slot)
         if known is None:
-            known = self._inputs[key] = self._new(Line("input", (key,), (), *_facts(value), False), value)
+            known = self._alive[slot] = Symbol(self, slot, value)
         return known
+
+    def _keep(self, key: Any, value: Any) -> None:
+        if self._kept is None:
+            return
+        self._kept[key] = value
+        if isinstance(value, Tensor):
+            self._bytes += value.numel() * value.element_size()
+            if self._bytes > _MOST_KEPT:
+                self._kept = None
+
+    @property
+    def kept(self) -> dict[Any, Any] | None:
+        """The values of all inputs by name; None: they were too large to be kept."""
+        return self._kept
 
     def has_input(self, key: Any) -> bool:
         """Whether :meth:`input` was called with this name."""
@@ -91,7 +117,7 @@ class Recorder:
 
     def line_of_input(self, key: Any) -> Line:
         """The line of an input."""
-        return self.lines[self._inputs[key].slot]
+        return self.lines[self._inputs[key]]
 
     # -- algebra, with what is simpler than an operation
 

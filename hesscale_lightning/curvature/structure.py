@@ -62,12 +62,14 @@ class Variant:
     Attributes:
         visits: How often it was met before there was a program.
         program: The program, once there is one.
+        used: Whether the program was run for another graph than that which it was written for.
     """
 
-    __slots__ = ("program", "visits")
+    __slots__ = ("program", "used", "visits")
 
     def __init__(self) -> None:
         self.visits = 0
+        self.used = False
         self.program: Program | None = None
 
 
@@ -162,10 +164,18 @@ def _narrow(found: Trace) -> int:
 
 
 class StructureCache:
-    """Structures that were met lately."""
+    """Structures that were met lately.
 
-    def __init__(self, most: int = 256) -> None:
+    Attributes:
+        patience: How many programs may be written at first sight without being run again. Where structures keep
+            changing no more are, until a structure is met for the second time.
+        unused: How many have been.
+    """
+
+    def __init__(self, most: int = 256, patience: int = 4) -> None:
         self._most = most
+        self.patience = patience
+        self.unused = 0
         self._known: OrderedDict[Any, Structure] = OrderedDict()
         self._latest: dict[Any, Structure] = {}
         on_registration(self.clear)
@@ -174,6 +184,7 @@ class StructureCache:
         """Forgets everything."""
         self._known.clear()
         self._latest.clear()
+        self.unused = 0
 
     def recognised(self, key: Any, root: Node, wanted: Any) -> tuple[Structure, Met] | None:
         """The structure of a graph if it is the one that was met last, or the one that followed that the last time.
