@@ -224,9 +224,8 @@ def _armed(loss: Tensor, root: Node, wanted: dict[int, Tensor] | None, method: s
         else:
             visits = structure.variant(met[2]).visits
             facts = structure.facts(met[2])
-    legacy = any((r := find_rule(n)) is not None and r.legacy for n in found.nodes)  # LEGACY
     writes = structure is not None and (visits >= 2 or _structures.unused < _structures.patience)
-    recording = Recording(found.nodes, found.edges, slots) if writes and not legacy else None
+    recording = Recording(found.nodes, found.edges, slots) if writes else None
     interpreted = _interpreter(device_type, root, found, inner, method, recording)
     if recording is not None and structure is not None:
         interpreted.when_recorded(

@@ -45,7 +45,7 @@ class Operation:
         prepared: What the rule's ``prepare`` has returned for this use.
     """
 
-    __slots__ = ("_following", "_saved", "curved", "method", "name", "needs", "node", "prepared", "transposed")
+    __slots__ = ("_following", "_saved", "method", "name", "needs", "node", "prepared", "transposed")
 
     def __init__(self, node: Node, following: Any, needs: list[bool], transposed: list[bool], method: str) -> None:
         self.node = node
@@ -56,7 +56,6 @@ class Operation:
         self.transposed = transposed
         self.method = method
         self.prepared: Any = None
-        self.curved = True  # LEGACY
 
     # -- what the node has saved
 

@@ -22,41 +22,6 @@ from hesscale_lightning.curvature.values import ZERO, Value
 RuleFunction = Callable[..., Any]
 
 
-# LEGACY-BEGIN
-Diagonals = Sequence[Any]
-Formula = Callable[..., Any]
-Partials = tuple[Sequence[Any], Any]
-
-
-def _legacy_carry(function: Any, multi: bool, curved: Any) -> Any:
-    def carry(op: Any, g: Any, h: Any) -> Any:
-        op.curved = bool(curved)
-        formula = function(op)
-
-        def none(x: Any) -> Any:
-            if multi:
-                return None if all(e is ZERO for e in x) else tuple([None if e is ZERO else e for e in x])
-            return None if x is ZERO else x
-
-        if op.curved:
-            return formula(none(g), none(h))
-        return [None] * len(op.needs) if none(h) is None else formula(none(h))
-
-    return carry
-
-
-def _legacy_curved(function: Any) -> Any:
-    def curved(op: Any) -> bool:
-        op.curved = True
-        function(op)
-        return bool(op.curved)
-
-    return curved
-
-
-# LEGACY-END
-
-
 @dataclass(frozen=True, slots=True)
 class Rule:
     """How curvature passes one kind of operation. See :func:`register_rule` for the fields.
@@ -81,7 +46,6 @@ class Rule:
     approximate: str
     check: Callable[[Operation], None] | None
     prepare: Callable[[Operation], Any] | None
-    legacy: bool = False
 
     def attach(self, op: Operation) -> None:
         """Checks a use of the operation, and prepares it."""
@@ -182,29 +146,6 @@ def register_rule(
 
     def register(function: RuleFunction) -> RuleFunction:
         arguments = len(inspect.signature(function).parameters)
-        legacy = arguments == 1 and not elementwise
-        if legacy:
-            old = partials
-            for name in names:
-                _rules[name] = Rule(
-                    name,
-                    function,
-                    _legacy_carry(function, multi_output, curved),
-                    _legacy_curved(function) if curved else False,
-                    multi_output,
-                    view,
-                    None if old is None else (lambda op: old(op)(True)),
-                    bilinear,
-                    reduces,
-                    approximate,
-                    lambda op: function(op) and None,
-                    None,
-                    True,
-                )
-            _rule_of_type.clear()
-            for listener in _listeners:
-                listener()
-            return function
         derivatives: Any = None
         if elementwise:
             derivatives = partials_of(function)

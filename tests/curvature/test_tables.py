@@ -26,7 +26,9 @@ def proven() -> set[str]:
 
 
 def built_in() -> list[str]:
-    return [name for name, rule in registered_rules().items() if rule.function.__module__.startswith("hesscale_lightning")]
+    return [
+        name for name, rule in registered_rules().items() if rule.function.__module__.startswith("hesscale_lightning")
+    ]
 
 
 #: Nodes that no single process makes on the CPU, and what proves their rules instead.
