@@ -22,7 +22,7 @@ from hesscale_lightning.curvature.graph import Node, Trace, trace
 from hesscale_lightning.curvature.interpreted import InterpretedPass
 from hesscale_lightning.curvature.operation import Operation
 from hesscale_lightning.curvature.plan import Output, Plan
-from hesscale_lightning.curvature.planning import cells_of_goals, make_plan, refuse_hidden_parameters
+from hesscale_lightning.curvature.planning import cells_of_goals, make_plan, refuse_freed_graph, refuse_hidden_parameters
 from hesscale_lightning.curvature.program import Program, compile_program
 from hesscale_lightning.curvature.recorded_operation import RecordedOperation, Recording
 from hesscale_lightning.curvature.registry import find_rule
@@ -203,6 +203,7 @@ def _armed(loss: Tensor, root: Node, wanted: dict[int, Tensor] | None, method: s
     inner = {} if wanted is None else _inner(wanted)
     found = trace(root, wanted, inner)
     refuse_hidden_parameters(root, found)
+    refuse_freed_graph(found)
     device_type = loss.device.type
     if found.index[root] < 0:
         return Attachment(device_type)

@@ -35,6 +35,14 @@ def refuse_hidden_parameters(root: Node, found: Trace) -> None:
             raise no_rule(root, node)
 
 
+def refuse_freed_graph(found: Trace) -> None:
+    """Raises torch's error if backward has passed and freed what the nodes had saved; one node tells for all."""
+    for node in found.edges:
+        for name in dir(type(node)):
+            if name.startswith("_raw_saved_") and getattr(node, name.replace("_raw", "", 1), None) is not None:
+                return
+
+
 def make_plan(
     root: Node,
     found: Trace,

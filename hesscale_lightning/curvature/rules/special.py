@@ -240,10 +240,10 @@ def ldexp(op: Operation) -> Any:
     return (power, slope), {(0, 1): power * math.log(2), (1, 1): bend}
 
 
-@register_rule("FrexpBackward0", elementwise=True, curved=False)
-def frexp(op: Operation) -> Any:
+@register_rule("FrexpBackward0")
+def frexp(op: Operation, h: Value) -> Value:
     """The mantissa ``x 2^-n``; the exponent n is a step function."""
-    return torch.exp2(-op.tensor("exponent").to(op.input_dtype(0))), None
+    return h * torch.exp2(-2 * op.tensor("exponent").to(op.input_dtype(0)))
 
 
 @register_rule("NanToNumBackward0", elementwise=True, curved=False)
