@@ -90,10 +90,10 @@ def test_rule_equals_dense_derivatives(case: Case) -> None:
     check(case)
 
 
-def fused(name: str, *arguments: object, **options: object) -> object:
+def fused(name: str, *arguments: object) -> object:
     """Of another device."""
     operation = getattr(torch.ops.aten, f"_scaled_dot_product_{name}")
-    return lambda q, k, v: operation(q, k, v, *arguments, **options)[0]
+    return lambda q, k, v: operation(q, k, v, *[a.to(q) if isinstance(a, Tensor) else a for a in arguments])[0]
 
 
 def of_device(name: str, node: str, function: object, reference: object) -> list[Case]:
@@ -102,7 +102,8 @@ def of_device(name: str, node: str, function: object, reference: object) -> list
 
 
 def of_bias(b: Tensor) -> Tensor:
-    return torch.ops.aten._scaled_dot_product_efficient_attention(*CONSTANT, b.expand(2, 2, 4, 5), True)[0]
+    q, k, v = (x.to(b) for x in CONSTANT)
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, b.expand(2, 2, 4, 5), True)[0]
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -58,7 +58,9 @@ def attention(op: Operation, g: Value, h: Value) -> Sequence[Value]:
     name = "attn_mask" if "ForCpu" in op.name else "attn_bias"
     mask = op.tensor(name) if op.has(name) else None
     needs = (*op.needs, False)[:4]
-    results = _diagonals(query, key, value, mask, op.number("is_causal"), op.number("scale"), g, h, needs)
+    results: Sequence[Value] = _diagonals(
+        query, key, value, mask, op.number("is_causal"), op.number("scale"), g, h, needs
+    )
     if needs[3]:
         results = (*results[:3], results[3].sum_to_size(op.input_shape(3)))
     return results[: len(op.needs)]

@@ -55,6 +55,7 @@ def _through_group(
     """
     if g is None:
         assert h is not None  # one of g and h is there
+        assert h2 is not None
         moved = z * h
         result = z * h2
         k0 = h.sum(dims, keepdim=True) if centered else None
@@ -187,21 +188,20 @@ def _through_batch(
     if weight is not None:
         at_g *= weight  # the factor of what is linear in gamma
     at_h = at_g if weight is None else at_g * weight  # and in its square
-    if g is None:
-        k0, k1, k2 = at_h * h0, at_h * h1, at_h * h2
-    else:
+    k0, k1, k2 = (0.0 if moment is None else at_h * moment for moment in (h0, h1, h2))
+    if g is not None:
         g0, g1 = sums(g)
-        k0, k1, k2 = at_g * g1 * (1 - n), at_g * g0, at_g * g1 * 3
-        if h is not None:
-            k0.addcmul_(at_h, h0)
-            k1.addcmul_(at_h, h1)
-            k2.addcmul_(at_h, h2)
+        g1 *= at_g
+        k0, k1, k2 = k0 + g1 * (1 - n), k1 + at_g * g0, k2 + g1 * 3
     if result is not None:
         result.mul_((at_h * inverse.square() * (-2 * n)).view(shape))
     if g is not None:
         factor = (at_g * inverse * (-2 * n)).view(shape)
         result = g * factor if result is None else result.addcmul_(g, factor)
-    assert result is not None  # one of g and h is there
+    assert isinstance(k0, Tensor)  # one of g and h is there
+    assert isinstance(k1, Tensor)
+    assert isinstance(k2, Tensor)
+    assert result is not None
     result.addcmul_(u, (k2 * inverse.square()).view(shape)).add_((k1 * inverse).view(shape), alpha=2)
     torch.addcmul(k0.view(shape), result, u, out=result)
     if h is not None:

@@ -7,11 +7,11 @@ Interpolation has coefficients that are products of one factor for each axis, an
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -95,14 +95,15 @@ def _of_windows(name: str, sizes: tuple[int, ...], settings: Any, dtype: torch.d
     return _coefficients_of_windows(name, tuple(sizes), settings, dtype, device)
 
 
-@lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64)
 def _coefficients_of_windows(
     name: str, sizes: tuple[int, ...], settings: Any, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """``1/divisor`` of each window: the average of ones over their sum, which is 1 where none is padding."""
-    _, pool, _ = _avg_pool[name]
+    pool: Any = _avg_pool[name][1]
     ones = torch.ones((1, *sizes), dtype=dtype, device=device)
-    return pool(ones, *settings) / pool(ones, *settings, 1)
+    c: Tensor = pool(ones, *settings) / pool(ones, *settings, 1)
+    return c
 
 
 @register_rule(*_adaptive_avg_pool)
@@ -124,7 +125,7 @@ def _of_adaptive_windows(
     return _coefficients_of_adaptive_windows(inputs, outputs, dtype, device)
 
 
-@lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64)
 def _coefficients_of_adaptive_windows(
     inputs: tuple[int, ...], outputs: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
@@ -169,7 +170,7 @@ def _through_axes(h: Tensor, name: str, axes: tuple[tuple[int, int, float | None
     return h
 
 
-@lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64)
 def _squared_factors(
     name: str, m: int, n: int, scale: float | None, align_corners: bool, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
@@ -230,22 +231,26 @@ def _sampled(
             index = index * size + tap.index
         index = index.unsqueeze(1).expand(-1, channels, -1)
         if h_x is not None and h is not None:
-            h_x.scatter_add_(2, index, h * math.prod([tap.square for tap in taps]).unsqueeze(1))
+            h_x.scatter_add_(2, index, h * _product([tap.square for tap in taps]).unsqueeze(1))
         if needs[1]:
             value = flat.gather(2, index)
             for k, tap in enumerate(taps):
-                rest = math.prod([other.weight for j, other in enumerate(taps) if j != k])
+                rest = _product([other.weight for j, other in enumerate(taps) if j != k])
                 if tap.slope is not None:
                     first[k] = first[k] + value * (tap.slope * rest).unsqueeze(1)
                 if tap.bend is not None and g is not None:
                     second[k] = second[k] + value * (tap.bend * rest).unsqueeze(1)
     h_grid = None
     if needs[1] and settings[0] != _NEAREST:
-        total = [0.0 if h is None else (f * f * h).sum(1) for f in first]
+        total: list[Any] = [0.0 if h is None else (f * f * h).sum(1) for f in first]
         if g is not None and settings[0] == _CUBIC:
             total = [t + (s * g).sum(1) for t, s in zip(total, second, strict=True)]
         h_grid = None if isinstance(total[0], float) else torch.stack(total[::-1], -1).view(grid.shape)
     return None if h_x is None else h_x.view(x.shape), h_grid
+
+
+def _product(factors: list[Tensor]) -> Tensor:
+    return functools.reduce(torch.mul, factors)
 
 
 @dataclass(slots=True)
