@@ -178,7 +178,7 @@ def together(group: Any, work: Callable[..., Any], *args: Any) -> Any:
         _set_group(None)
 
 
-def on_gate(ref: weakref.ref[Attachment], grads: tuple[Tensor | None, ...]) -> None:
+def on_gate(ref: weakref.ref[Any], grads: tuple[Tensor | None, ...]) -> None:
     """The hook that fires first."""
     attachment = ref()
     if attachment is None:

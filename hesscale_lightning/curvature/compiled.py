@@ -50,7 +50,7 @@ class CompiledPass(Attachment):
         self._grads: list[Any] = [_AWAITED] * len(program.gradients)
         self._arrived: dict[int, Tensor] = {}
         self._running: Any = program.run(saved, self._grads, self._arrived)
-        self._need = 0
+        self._need: int | None = 0
         self._instead: Any = instead
         self._substitute: InterpretedPass | None = None
 

@@ -22,7 +22,12 @@ from hesscale_lightning.curvature.graph import Node, Trace, trace
 from hesscale_lightning.curvature.interpreted import InterpretedPass
 from hesscale_lightning.curvature.operation import Operation
 from hesscale_lightning.curvature.plan import Output, Plan
-from hesscale_lightning.curvature.planning import cells_of_goals, make_plan, refuse_freed_graph, refuse_hidden_parameters
+from hesscale_lightning.curvature.planning import (
+    cells_of_goals,
+    make_plan,
+    refuse_freed_graph,
+    refuse_hidden_parameters,
+)
 from hesscale_lightning.curvature.program import Program, compile_program
 from hesscale_lightning.curvature.recorded_operation import RecordedOperation, Recording
 from hesscale_lightning.curvature.registry import find_rule
@@ -82,6 +87,7 @@ def attach(loss: Tensor, params: Iterable[Tensor] | None = None, *, method: Meth
     root = root_of(loss, method)
     wanted = _by_id(params)
     try:
+        attachment: Attachment
         try:
             attachment = together(GraphExecGroup(), _armed, loss, root, wanted, method)
         except CheckpointError:  # a tensor is asked for twice, which a group hands out once: recompute for each
@@ -320,12 +326,11 @@ def _write(
 
 def _prepares(plan: Plan) -> dict[int, Callable[[Node], Any]]:
     """By position, what rules prepare from a node when it is attached."""
-    prepares = {}
-    for step in plan.steps:
-        for op in step.operations:
-            rule = find_rule(op.node)
-            if rule is not None and rule.prepare is not None:
-                prepares[op.position] = partial(_prepared, rule.prepare, op.needs, op.transposed, op.method)
+    prepares: dict[int, Callable[[Node], Any]] = {}
+    for op in (op for step in plan.steps for op in step.operations if isinstance(op, RecordedOperation)):
+        rule = find_rule(op.node)
+        if rule is not None and rule.prepare is not None:
+            prepares[op.position] = partial(_prepared, rule.prepare, op.needs, op.transposed, op.method)
     return prepares
 
 

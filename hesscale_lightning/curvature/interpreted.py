@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import GraphExecGroup
 
@@ -110,7 +111,11 @@ class InterpretedPass(Attachment):
         elif all(part is ZERO for part in (*g, *h)):
             return
         try:
-            results = step.carry(step.operations, g, h)
+            if self._recording is None:
+                results = step.carry(step.operations, g, h)
+            else:
+                with torch._C._EnableTorchFunction():  # by which functions of torch reach a symbol's recorder
+                    results = step.carry(step.operations, g, h)
         except Exception as error:
             error.add_note(f"while carrying curvature through {step.rule.name}")
             raise

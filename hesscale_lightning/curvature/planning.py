@@ -48,7 +48,7 @@ def make_plan(
     found: Trace,
     goals: Sequence[Output],
     method: str,
-    operation: Callable[[int, list[bool], list[bool]], Operation],
+    make_operation: Callable[[int, list[bool], list[bool]], Operation],
     condition: Callable[[int, str, Any], None] = lambda *_: None,
 ) -> Plan:
     """Plans for a graph.
@@ -58,7 +58,7 @@ def make_plan(
         found: The traced graph, which leads to at least one wanted tensor.
         goals: Wanted outputs of nodes, for tensors that are no leaves.
         method: As for ``attach``.
-        operation: Makes the operation at a position, from which inputs are needed and which are transposed.
+        make_operation: Makes the operation at a position, from which inputs are needed and which are transposed.
         condition: Told of what is decided by numbers: position, expression, value.
 
     Raises:
@@ -86,7 +86,7 @@ def make_plan(
         known = operations.get(position)
         if known is None:
             flips = [flip for _, _, flip in edges[nodes[position]]]
-            known = operations[position] = operation(position, needs_of(position), flips)
+            known = operations[position] = make_operation(position, needs_of(position), flips)
         return known
 
     inside = _inside_network(found, rules) if method == "hesscale_gn" else [False] * len(nodes)

@@ -191,7 +191,7 @@ class RecordedOperation(Operation):
         self.position = position
 
     @property
-    def prepared(self) -> Any:  # type: ignore[override]
+    def prepared(self) -> Any:
         """As for an :class:`Operation`."""
         return self._recording.prepared(self.position, self._made)
 
@@ -215,9 +215,9 @@ class RecordedOperation(Operation):
     @override
     def tensors(self, name: str) -> tuple[Value, ...]:
         read = self._recording.read
-        if (self.position, name) in read:
-            return read[self.position, name]
         made: list[Value] = []
+        if (self.position, name) in read:
+            return tuple(read[self.position, name])
         saved = saved_by(self.node, name)
         expression = saved_name(self.node, name)
         self._recording.condition(self.position, f"len({expression})", len(saved))
@@ -228,8 +228,8 @@ class RecordedOperation(Operation):
                 made.append(None)
             else:
                 made.append(self._recording.fetched((self.position, name, k), Ask(self.position, entry), x))
-        read[self.position, name] = tuple(made)
-        return read[self.position, name]
+        read[self.position, name] = made
+        return tuple(made)
 
     @override
     def operand(self, name: str, i: int | None = None) -> Value:

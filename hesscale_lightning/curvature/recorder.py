@@ -200,9 +200,9 @@ class Recorder:
         key = (kind, *[_with_type(a) for a in arguments], keywords)
         slot = self._known.get(key)
         if slot is not None:
-            symbol = self._alive.get(slot)
-            if symbol is not None:
-                return self._results(symbol)
+            known = self._alive.get(slot)
+            if known is not None:
+                return self._results(known)
         values = [_value(a) for a in args]
         named = {k: _value(a) for k, a in kwargs.items()} if kwargs else {}
         if kind == "call":

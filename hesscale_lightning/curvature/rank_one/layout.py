@@ -58,12 +58,12 @@ def _acts_from(*names: str) -> Callable[[FirstDim], FirstDim]:
     "UnbindBackward0", "UnsafeSplitBackward0", "UnsafeSplitWithSizesBackward0",
 )  # fmt: skip
 def _along_dim(op: Operation, i: int) -> int | None:
-    return op.number("dim") % max(len(op.input_shape(i)), 1)
+    return int(op.number("dim")) % max(len(op.input_shape(i)), 1)
 
 
 @_acts_from("StackBackward0")
 def _stacks(op: Operation, _: int) -> int | None:
-    return op.number("dim") % len(op.output_shape())
+    return int(op.number("dim")) % len(op.output_shape())
 
 
 @_acts_from(

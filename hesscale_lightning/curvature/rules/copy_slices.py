@@ -55,7 +55,8 @@ def recognised(op: Operation) -> Formula:
 @register_rule("torch::autograd::CopySlices", prepare=recognised)
 def copy_slices(op: Operation, h: Value) -> Sequence[Value]:
     """``h_y = c_y^2 h``, ``h_x = c_x^2 h[positions]``; if one number x filled a part, ``h_x`` sums h over it."""
-    return _applied(op.prepared, h)
+    made: Sequence[Value] = _applied(op.prepared, h)
+    return made
 
 
 @opaque

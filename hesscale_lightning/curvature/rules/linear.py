@@ -7,6 +7,7 @@ second derivative in one operand.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,17 +121,19 @@ def _by_groups(
     """The curvatures of A and B where their shapes are given. The ends of the blocks are read from their device."""
     h_a = None if shape_a is None else h.new_zeros(shape_a)
     h_b = None if shape_b is None else h.new_zeros(shape_b)
+    places: Any
     start = 0
     for group, end in enumerate(ends.tolist()):
         block, all_rows = slice(start, end), slice(None)
-        of_a, of_b, of_h = {
+        places = {
             (2, 3): ((block,), (group,), (block,)),
             (3, 2): ((group,), (all_rows, block), (all_rows, block)),
             (2, 2): ((all_rows, block), (block,), (group,)),
         }[ranks]
-        if h_a is not None:
+        of_a, of_b, of_h = places
+        if h_a is not None and b is not None:
             h_a[of_a] = h[of_h] @ squared(b[of_b]).mT
-        if h_b is not None:
+        if h_b is not None and a is not None:
             h_b[of_b] = squared(a[of_a]).mT @ h[of_h]
         start = end
     return h_a, h_b

@@ -27,7 +27,7 @@ _ctc_backward = _aten._ctc_loss_backward
 
 def _scale(op: Operation) -> float:
     """``1 / n`` under ``reduction="mean"``."""
-    count = op.input_shape(0).numel()
+    count = op.input(0, "self").numel()
     return 1 / count if op.number("reduction") == _MEAN and count else 1.0
 
 
@@ -35,7 +35,7 @@ def _reduced(op: Operation, g: Value, h: Value, slope: Value, bend: Value) -> Va
     """``(c l')^2 h + c l'' g`` for every entry, from ``l'`` and ``l''``."""
     c = _scale(op)
     passed = ZERO if h is ZERO else (slope * c) * (slope * c) * h
-    return (passed + bend * (g * c)).expand(op.input_shape(0))
+    return (passed + bend * (g * c)).expand(op.input(0, "self").shape)
 
 
 # -- losses of a difference: what the target gets is what the input gets -----------------------------------------------
