@@ -111,8 +111,8 @@ class CompiledPass(Attachment):
             raise RuntimeError(
                 "backward did not run all operations that it was to run: this is a bug, please report it"
             )
-        arrived = self._arrived
-        self._write({cell: arrived.get(cell) for cell, _ in self._leaves}, self._program.own)
+        arrived: dict[int, Any] = {cell: self._arrived.get(cell) for cell, _ in self._leaves}
+        self._write(arrived, self._program.own)
 
 
 def _without_gaps(grads: tuple[Tensor | None, ...], node: Node) -> tuple[Tensor, ...]:

@@ -2,12 +2,14 @@
 
 By a complex tensor every entry of the loss has second derivatives by real part, by imaginary part and by both, and no
 rule carries three numbers. Some rules would run on complex numbers all the same, and give a wrong diagonal.
+
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
+
+import torch
 
 from hesscale_lightning.curvature.graph import AccumulateGrad, Node, path
 from hesscale_lightning.curvature.operation import UnsupportedOperationError
@@ -17,13 +19,28 @@ _ADVICE = (
     "the parameters behind it out of params"
 )
 
+
 #: Nodes with a rule that make real numbers of complex ones. Between a real parameter and a real loss complex numbers
 #: have to pass one of them, so that a graph like one that was planned for need be looked at in these places only.
-LEADING_OUT = frozenset({
-    "AbsBackward0", "AngleBackward0", "DistBackward0", "LinalgSlogdetBackward0", "LinalgVectorNormBackward0",
-    "NormBackward0", "NormBackward1", "NormBackward2", "NormBackward3", "StdBackward0", "StdMeanBackward0",
-    "ToCopyBackward0", "VarBackward0", "VarMeanBackward0", "torch::autograd::CopyBackwards",
+_LEADING_OUT = frozenset({
+    "AbsBackward0", "AngleBackward0", "CumprodBackward0", "CumsumBackward0", "DistBackward0", "LinalgSlogdetBackward0",
+    "LinalgVectorNormBackward0", "MeanBackward0", "MeanBackward1", "NormBackward0", "NormBackward1", "NormBackward2",
+    "NormBackward3", "ProdBackward0", "ProdBackward1", "StdBackward0", "StdMeanBackward0", "SumBackward0",
+    "SumBackward1", "ToCopyBackward0", "VarBackward0", "VarMeanBackward0", "torch::autograd::CopyBackwards",
 })  # fmt: skip
+
+
+def leads_out(node: Node) -> bool:
+    """Whether a node may make real numbers of complex ones; a user's ``torch.autograd.Function`` may do anything."""
+    return node.name() in _LEADING_OUT or isinstance(node, torch.autograd.function.FunctionCtx)
+
+
+def takes_complex(node: Node) -> bool:
+    """Whether an input of a node is complex."""
+    for child, output in node.next_functions:
+        if child is not None and type(child) is not AccumulateGrad and child._input_metadata[output].dtype.is_complex:
+            return True
+    return False
 
 
 def complex_output(node: Node) -> str | None:
@@ -50,16 +67,3 @@ def refuse_complex(root: Node, nodes: Iterable[Node]) -> None:
         if why is not None:
             way = " -> ".join(step.name() for step in path(root, node))
             raise UnsupportedOperationError(f"{why}. Path from the loss: {way}.")
-
-
-def ways_out(nodes: Sequence[Node]) -> list[int]:
-    """Positions of the nodes whose input another graph of the same structure may have as a complex tensor."""
-    return [k for k, node in enumerate(nodes) if node.name() in LEADING_OUT]
-
-
-def takes_complex(node: Any) -> bool:
-    """Whether an input of ``node`` is complex."""
-    for child, output in node.next_functions:
-        if child is not None and type(child) is not AccumulateGrad and child._input_metadata[output].dtype.is_complex:
-            return True
-    return False

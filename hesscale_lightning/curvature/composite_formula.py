@@ -20,7 +20,7 @@ from hesscale_lightning.curvature.operation import Operation
 from hesscale_lightning.curvature.values import ZERO, Value
 
 
-def joined(composite: Composite) -> Callable[[Sequence[Operation], Value, Value], list[Value]]:
+def carry_of(composite: Composite) -> Callable[[Sequence[Operation], Value, Value], list[Value]]:
     """How a composite carries curvature: like a rule, from the members' operations, in their order, and g and h.
 
     Its results are in the order of ``composite.sources``, then of ``composite.shared``. The former are curvatures, the

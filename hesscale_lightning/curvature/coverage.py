@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hesscale_lightning.curvature.complex_numbers import complex_output
 from hesscale_lightning.curvature.composite import Joiner
 from hesscale_lightning.curvature.engine import Method, root_of, wanted_tensors
 from hesscale_lightning.curvature.graph import AccumulateGrad, Node, Trace, trace
@@ -208,6 +209,9 @@ def _refusal(root: Node, node: Node, found: Trace) -> str | None:
     rule = find_rule(node)
     if rule is None:
         return str(no_rule(root, node)).split("What to do: ")[1]
+    complex_numbers = complex_output(node)
+    if complex_numbers is not None:
+        return complex_numbers
     try:
         rule.attach(_operation(node, found))
     except UnsupportedOperationError as error:
@@ -221,6 +225,7 @@ def _entries(root: Node, found: Trace, outside: set[Node]) -> list[Entry]:
     operations = [_operation(node, found) for node in nodes]
     joiner = Joiner(found, rules, [False] * len(nodes), outside, operations.__getitem__)
     below = _reachable(found)
+    others = {child for inputs in edges.values() for child, output, _ in inputs if output}  # used beyond the first
     curved = [False] * len(nodes)  # whether curvature other than zero can arrive at a node
     absorbed: set[int] = set()
     entries: list[Entry] = []
@@ -229,6 +234,8 @@ def _entries(root: Node, found: Trace, outside: set[Node]) -> list[Entry]:
             continue
         inputs = [edge for edge in edges[node] if index[edge[0]] >= 0]
         refusal = _refusal(root, node, found)
+        if refusal is None and rule is not None and node in others and not rule.multi_output:
+            refusal = "its rule covers the first output only, and another output is used here"
         composite = None
         if rule is not None and refusal is None and position not in absorbed and rule.partials and len(inputs) > 1:
             composite = joiner.ending_in(position)

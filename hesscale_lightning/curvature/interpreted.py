@@ -191,6 +191,7 @@ class InterpretedPass(Attachment):
         # What the program computes differs by rounding: the first step takes it too, so that a run that is resumed
         # equals one that was not interrupted.
         arrived: dict[int, Any] = dict.fromkeys(range(len(cells)))
+        cells.clear()
         grads = [{o: g for (_, p, o), g in _gradients(kept) if p == position} for position in program.gradients]
         for _ in program.run([kept.get(name) for name in saved], grads, arrived):
             pass

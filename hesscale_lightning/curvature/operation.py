@@ -92,6 +92,8 @@ class Operation:
             return x
         if x.dim() == 0 and x.device.type == "cpu" and not x.requires_grad:
             return float(x)
+        if not x.is_floating_point():  # one over a tensor of integers would be in single precision
+            return x.to(carried(self.output_dtype()))
         return x.float() if x.dtype in HALF else x
 
     def number(self, name: str) -> Any:

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from hesscale_lightning.curvature.complex_numbers import leads_out, refuse_complex
 from hesscale_lightning.curvature.composite import Joiner
-from hesscale_lightning.curvature.composite_formula import joined
+from hesscale_lightning.curvature.composite_formula import carry_of
 from hesscale_lightning.curvature.graph import AccumulateGrad, Node, Trace
 from hesscale_lightning.curvature.operation import Operation
 from hesscale_lightning.curvature.plan import Carry, Output, Plan, Step
@@ -67,9 +68,10 @@ def make_plan(
     """
     nodes = found.nodes
     rules = [None if type(node) is AccumulateGrad else _rule_for(root, node) for node in nodes]
-    for node in nodes:
-        if type(node) is AccumulateGrad and node.variable.is_complex():
-            raise TypeError(f"complex parameters are not supported, got one of dtype {node.variable.dtype}")
+    refuse_complex(root, nodes)
+    for position, node in enumerate(nodes):
+        if leads_out(node):
+            condition(position, "takes_complex({n})", False)
     leaves = [position for position, rule in enumerate(rules) if rule is None]
     zero = _terms_of_weight_zero(found, condition)
     whole = found
@@ -117,7 +119,7 @@ def make_plan(
             absorbed |= composite.private
             inputs, curved = composite.sources, True
             members = [operation_at(member.position) for member in composite.members]
-            carry = joined(composite)
+            carry = carry_of(composite)
         outputs = None
         if rule.multi_output:
             outputs = [cell_of(position, k) for k in range(len(node._input_metadata))]

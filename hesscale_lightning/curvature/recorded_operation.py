@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from hesscale_lightning.curvature.graph import AccumulateGrad, Edge, Node
-from hesscale_lightning.curvature.operation import Operation, saved_by, signed
+from hesscale_lightning.curvature.operation import Operation, carried, saved_by, signed
 from hesscale_lightning.curvature.precision import HALF
 from hesscale_lightning.curvature.recorder import Recorder
 from hesscale_lightning.curvature.values import ZERO, Symbol, Value
@@ -234,7 +234,10 @@ class RecordedOperation(Operation):
     @override
     def operand(self, name: str, i: int | None = None) -> Value:
         edges = self._recording.edges[self.node]
-        return self._recording.operand(self.position, name, None if i is None or i >= len(edges) else edges[i])
+        x = self._recording.operand(self.position, name, None if i is None or i >= len(edges) else edges[i])
+        if isinstance(x, Symbol) and not x.is_number and not x.is_floating_point():
+            return x.to(carried(self.output_dtype()))
+        return x
 
     @override
     def number(self, name: str) -> Any:

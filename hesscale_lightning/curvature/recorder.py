@@ -94,7 +94,8 @@ class Recorder:
             return symbol
         known = self._alive.get(slot)
         if known is None:
-            known = self._alive[slot] = Symbol(self, slot, value)
+            known = Symbol(self, slot, value)
+            self._alive[slot] = known
         return known
 
     def _keep(self, key: Any, value: Any) -> None:
@@ -141,9 +142,9 @@ class Recorder:
         if isinstance(b, (int, float)):
             line = self.lines[a.slot]
             if line.kind == "*" and isinstance(line.arguments[1], (int, float)):
-                inner = self._alive.get(line.arguments[0].number)
-                if inner is not None:
-                    return self.product(inner, line.arguments[1] * b)
+                without = self._alive.get(line.arguments[0].number)
+                if without is not None:
+                    return self.product(without, line.arguments[1] * b)
         return self.record("*", (a, b))
 
     def power(self, a: Symbol, exponent: Any) -> Any:

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from hesscale_lightning.curvature.complex_numbers import takes_complex
 from hesscale_lightning.curvature.graph import AccumulateGrad, Node, TBackward, Trace
 from hesscale_lightning.curvature.planning import has_weight_zero
 from hesscale_lightning.curvature.program import Program
@@ -302,6 +303,7 @@ class _MatchWriter:
             "hashable": hashable,
             "has_weight_zero": has_weight_zero,
             "as_number": as_number,
+            "takes_complex": takes_complex,
         }
         lines += self._leaves()
         lines += self._collected(conditions, fetches, prepares, namespace)

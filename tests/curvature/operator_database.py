@@ -1,4 +1,4 @@
-"""Every differentiable operator that torch itself can list, as one small graph each, and two dense references for it."""
+"""Every differentiable operator that torch can list, as one small graph each, and two dense references for it."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _differentiable(op: OpInfo) -> bool:
 
 
 def small_samples(op: OpInfo, inplace: bool = False, limit: int = 24) -> list[Sample]:
-    """The small ones among the first uses of ``op`` with differentiable inputs and outputs; if none is, one that is not."""
+    """The small ones of the first uses of ``op`` with differentiable inputs and outputs; if none is, a large one."""
     if op.formatted_name in _OWN:
         return [_own(op.formatted_name)]
     found: list[Sample] = []
@@ -81,8 +81,17 @@ def small_samples(op: OpInfo, inplace: bool = False, limit: int = 24) -> list[Sa
 _OWN: dict[str, Callable[..., Tensor]] = {
     "kron": lambda a, b: torch.kron(a, b),
     "slice_scatter": lambda a, b: torch.slice_scatter(a, b, 1, 1, 3, 2),
+    "sort": lambda a: torch.sort(a, 1)[0],
+    "msort": lambda a: torch.msort(a),
+    "nn_functional_adaptive_avg_pool3d": lambda a: torch.nn.functional.adaptive_avg_pool3d(a, (2, 1, 2)),
 }
-_SHAPES = {"kron": ((2, 3), (3, 2)), "slice_scatter": ((2, 3), (2, 1))}
+_SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
+    "kron": ((2, 3), (3, 2)),
+    "slice_scatter": ((2, 3), (2, 1)),
+    "sort": ((3, 4),),
+    "msort": ((4, 3),),
+    "nn_functional_adaptive_avg_pool3d": ((2, 3, 2, 3),),
+}
 
 
 def _own(name: str) -> Sample:
@@ -173,7 +182,7 @@ def node_by_node(loss: Tensor, inputs: list[Tensor]) -> list[Tensor]:
         none = [torch.zeros(tuple(m.shape), dtype=m.dtype) for m in meta]
         g = [grads.get((node, k), none[k]) for k in range(len(meta))]
         h = [curvature.get((node, k), none[k]) for k in range(len(meta))]
-        edges = [edge for edge in node.next_functions]
+        edges = list(node.next_functions)
         rows = [torch.zeros(_shape(edge), dtype=torch.float64) if edge[0] in place else None for edge in edges]
         for k, h_k in enumerate(h):
             for j in range(h_k.numel()):

@@ -99,6 +99,7 @@ def _with_constants(case: Case, kept: Sequence[int]) -> Case:
         name=f"{case.name} by {' and '.join(map(str, kept))}",
         operation=closed(case.operation),
         inputs=[case.tensors()[k].detach() for k in kept],
+        nodes=(),  # some are there only for the others
         reference=closed(case.reference) if case.reference else None,
     )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hesscale_lightning.curvature import backward
-from tests.curvature.oracle import Case, check
+from tests.curvature.oracle import Case, check, with_constants
 
 aten = torch.ops.aten
 ROWS = torch.tensor([0, 2, 2])
@@ -171,3 +171,8 @@ def test_where_of_mixed_precision_gives_each_input_its_own() -> None:
     backward(torch.where(torch.tensor([True, False]), w @ torch.eye(2), x).pow(3).sum())
     torch.testing.assert_close(w.hess_diag, torch.tensor([[6.0, 0.0]]))
     torch.testing.assert_close(x.hess_diag, torch.tensor([[0.0, 24.0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("case", with_constants(PLACEMENTS), ids=lambda case: case.name)
+def test_rule_with_constant_operands(case: Case) -> None:
+    check(case)

@@ -12,25 +12,6 @@ from hesscale_lightning.curvature import UnsupportedOperationError, attach, cove
 from tests.curvature.operator_database import Sample, node_by_node, operators, small_samples
 from tests.curvature.oracle import Probe
 
-#: Operators that are known to fail, and why; the mark is strict, so that one that is mended has to leave.
-EXPECTED_FAULTS = {
-    "aminmax": "dims of a tensor without dimensions",
-    "amax": "dims of a tensor without dimensions",
-    "amin": "dims of a tensor without dimensions",
-    "masked_amax": "dims of a tensor without dimensions",
-    "masked_amin": "dims of a tensor without dimensions",
-    "block_diag": "a tensor with fewer than two dimensions counts as a row, and its curvature comes back as one",
-    "masked_mean": "one over an integer tensor is in single precision",
-    "masked_scatter": "a broadcast input: curvature is not summed to its shape",
-    "nanmean": "one over an integer tensor is in single precision",
-    "native_group_norm": "coverage does not know that the rule covers the first output only",
-    "nn_functional_avg_pool2d": "a negative divisor is read as one of 64 bits without sign",
-    "nn_functional_avg_pool3d": "a negative divisor is read as one of 64 bits without sign",
-    "nn_functional_pdist": "order infinity: NaN where the order of a pair does not count",
-    "nn_functional_poisson_nll_loss": "a product with a number, joined with operations along rows",
-    "prod": "no entries",
-}
-
 #: Operators whose backward cannot be differentiated, so that there is nothing to compare with: only finite is demanded.
 #: The tables of the families check the rules against the same functions in other words.
 WITHOUT_REFERENCE = {
@@ -62,17 +43,8 @@ def _one_thread():
 
 @pytest.mark.parametrize(
     ("name", "inplace"),
-    [
-        pytest.param(
-            name,
-            inplace,
-            id=name + "_" * inplace,
-            marks=pytest.mark.xfail(reason=EXPECTED_FAULTS[name], strict=True)
-            if name in EXPECTED_FAULTS and not inplace
-            else (),
-        )
-        for name, inplace in _cases
-    ],
+    _cases,
+    ids=[name + "_" * inplace for name, inplace in _cases],
 )
 def test_operator(name, inplace):
     samples = small_samples(_operators[name], inplace)
@@ -87,7 +59,7 @@ def test_operators_without_reference_have_none():
     """The list is no excuse for operators that can be checked."""
     for name in WITHOUT_REFERENCE:
         sample = small_samples(_operators[name], limit=1)[0]
-        with pytest.raises((RuntimeError, NotImplementedError), match="derivative for .* is not implemented"):
+        with pytest.raises((RuntimeError, NotImplementedError), match=r"derivative for .* is not implemented"):
             exact_local_diag(sample.function, sample.inputs, *_arriving(sample.function(*sample.fresh())))
 
 

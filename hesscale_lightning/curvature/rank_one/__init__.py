@@ -11,7 +11,7 @@ from collections.abc import Container, Sequence
 
 from hesscale_lightning.curvature.graph import Node
 from hesscale_lightning.curvature.plan import Plan
-from hesscale_lightning.curvature.rank_one.refine import make_recipe
+from hesscale_lightning.curvature.rank_one.decisions import make_recipe
 from hesscale_lightning.curvature.rank_one.steps import Parts
 
 __all__ = ["refine"]

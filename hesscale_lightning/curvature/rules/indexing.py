@@ -228,7 +228,9 @@ def _other_factors(
     x: Tensor, source: Tensor, at: Tensor, dim: int, include: bool, by_entry: bool
 ) -> tuple[Tensor, Tensor]:
     """Squared, for each factor the product of all others that go to the same place, also where some are zero."""
-    if not by_entry:
+    shapes = x.shape, source.shape
+    x, source, at = (t.view(-1) if t.dim() == 0 else t for t in (x, source, at))
+    if not by_entry and source.dim():
         shape = [1] * source.dim()
         shape[dim] = -1
         at = at.view(shape).expand_as(source)
@@ -249,4 +251,5 @@ def _other_factors(
     if not include:
         of_own = torch.ones_like(own)
     all_others = others.gather(dim, at) / squares.masked_fill(at_zero, 1)
-    return of_own, all_others.where(zeros.gather(dim, at) == at_zero, 0.0)
+    of_sent = all_others.where(zeros.gather(dim, at) == at_zero, 0.0)
+    return of_own.view(shapes[0]), of_sent.view(shapes[1])
