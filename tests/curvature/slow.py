@@ -73,7 +73,7 @@ ELEMENTWISE = _words(
     elu celu softplus hardtanh threshold hardshrink softshrink _prelu_kernel clamp clamp_min clamp_max exp exp2
     expm1 log log2 log10 log1p sqrt rsqrt reciprocal sin cos tan asin acos atan sinh cosh asinh acosh atanh erf
     erfc lgamma digamma abs neg round floor ceil trunc sign logit
-    angle copysign deg2rad erfinv fmod frac i0 igamma igammac ldexp mvlgamma nan_to_num native_dropout polygamma
+    angle copysign deg2rad erfinv fmod frac frexp i0 igamma igammac ldexp mvlgamma nan_to_num native_dropout polygamma
     rad2deg remainder sgn sinc special_entr special_erfcx special_i0e special_i1 special_i1e special_log_ndtr
     special_ndtri special_xlog1py special_zeta
     """
