@@ -90,8 +90,9 @@ class Operation:
         x = self._get(name)
         if not isinstance(x, Tensor):
             return x
-        if x.dim() == 0 and x.device.type == "cpu" and not x.requires_grad:
-            return float(x)
+        number = as_number(x)
+        if number is not None:
+            return number
         if not x.is_floating_point():  # one over a tensor of integers would be in single precision
             return x.to(carried(self.output_dtype()))
         return x.float() if x.dtype in HALF else x
@@ -159,6 +160,13 @@ class Operation:
     def release(self) -> None:
         """Lets go of what was read."""
         self._saved = {}
+
+
+def as_number(x: Tensor | None) -> float | None:
+    """The number that torch has kept as a tensor; None if it is none, or zero, by which only a tensor can be divided."""
+    if x is None or x.dim() or x.device.type != "cpu" or x.requires_grad:
+        return None
+    return float(x) or None
 
 
 def saved_by(node: Node, name: str | int) -> Any:

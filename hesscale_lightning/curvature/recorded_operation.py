@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from hesscale_lightning.curvature.graph import AccumulateGrad, Edge, Node
-from hesscale_lightning.curvature.operation import Operation, carried, saved_by, signed
+from hesscale_lightning.curvature.operation import Operation, as_number, carried, saved_by, signed
 from hesscale_lightning.curvature.precision import HALF
 from hesscale_lightning.curvature.recorder import Recorder
 from hesscale_lightning.curvature.values import ZERO, Symbol, Value
@@ -295,13 +295,6 @@ class RecordedOperation(Operation):
 
 def _call_node(node: Node, *h: Tensor | None) -> Any:
     return node(*h)
-
-
-def as_number(x: Tensor | None) -> float | None:
-    """The number that torch has kept as a tensor; None if it is none."""
-    if x is None or x.dim() or x.device.type != "cpu" or x.requires_grad:
-        return None
-    return float(x)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

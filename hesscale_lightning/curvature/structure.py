@@ -14,9 +14,10 @@ from typing import Any
 
 from hesscale_lightning.curvature.complex_numbers import takes_complex
 from hesscale_lightning.curvature.graph import AccumulateGrad, Node, TBackward, Trace
+from hesscale_lightning.curvature.operation import as_number
 from hesscale_lightning.curvature.planning import has_weight_zero
 from hesscale_lightning.curvature.program import Program
-from hesscale_lightning.curvature.recorded_operation import Ask, as_number, hashable, input_meta, input_shape
+from hesscale_lightning.curvature.recorded_operation import Ask, hashable, input_meta, input_shape
 from hesscale_lightning.curvature.registry import on_registration
 
 #: Signatures for which a structure keeps what was made.

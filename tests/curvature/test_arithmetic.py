@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hesscale_lightning.curvature import backward
 from tests.curvature.oracle import Case, check, with_constants
 
 aten = torch.ops.aten
@@ -102,3 +103,11 @@ def test_rule_equals_dense_derivatives(case: Case) -> None:
 @pytest.mark.parametrize("case", with_constants(CASES), ids=lambda case: case.name)
 def test_rule_with_constant_operands(case: Case) -> None:
     check(case)
+
+
+def test_division_by_the_number_zero_is_no_error_of_the_rule() -> None:
+    for _ in range(3):
+        w = torch.tensor([1.0, 2.0], requires_grad=True)
+        backward((w / 0.0).square().sum())
+        assert w.grad.isinf().all()
+        assert not w.hess_diag.isfinite().any()
