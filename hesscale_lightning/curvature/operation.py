@@ -163,7 +163,7 @@ class Operation:
 
 
 def as_number(x: Tensor | None) -> float | None:
-    """The number that torch has kept as a tensor; None if it is none, or zero, by which only a tensor can be divided."""
+    """The number that torch has kept as a tensor; None if it is none, or zero, by which Python does not divide."""
     if x is None or x.dim() or x.device.type != "cpu" or x.requires_grad:
         return None
     return float(x) or None

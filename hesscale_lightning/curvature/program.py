@@ -16,8 +16,9 @@ import torch
 from hesscale_lightning.curvature.recorder import Constant, Line, Slot
 from hesscale_lightning.curvature.rewriting import Rewriter, slots_of
 
-#: Bytes of gradients that may wait before what can be computed is computed.
-_MOST_WAITING = 2**18
+#: Gradients that may wait before what can be computed is computed, and their bytes: one long sweep is faster than many
+#: short ones, but holds what it has not passed.
+_MOST_WAITING, _MOST_BYTES_WAITING = 4, 2**20
 
 
 class Program(NamedTuple):
@@ -134,12 +135,12 @@ class _Writer:
                 assert line.shape is not None
                 gradients[line.arguments[0][1]] += 4 * line.shape.numel()
         sweeps = []
-        waiting = 0
+        waiting = held = 0
         for size in gradients.values():
-            waiting += size
-            sweeps.append(waiting > _MOST_WAITING)
+            waiting, held = waiting + 1, held + size
+            sweeps.append(waiting >= _MOST_WAITING and held > _MOST_BYTES_WAITING)
             if sweeps[-1]:
-                waiting = 0
+                waiting = held = 0
         for i, k in enumerate(self._order):
             need = 0
             for n in slots_of(self._lines[k]):
