@@ -20,8 +20,9 @@ from hesscale_lightning.curvature.rank_one import per_sample
 from hesscale_lightning.curvature.rank_one.parts import RankOne, SoftmaxHead, of_diagonal, without
 from hesscale_lightning.curvature.rank_one.per_sample import by_sample
 from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, Rule
-from hesscale_lightning.curvature.rules.convolution import of_operands
 from hesscale_lightning.curvature.rules.shape import signed
+
+_convolution_backward = torch.ops.aten.convolution_backward.default
 
 
 class Use(NamedTuple):
@@ -328,6 +329,21 @@ def is_convolution(op: Operation) -> bool:
         and node._saved_groups == 1
         and not node._saved_transposed
     )
+
+
+def of_operands(op: Operation, x: Tensor, w: Tensor, *settings: object) -> Formula:
+    """The formula for input x and kernel w; ``settings`` are what the convolution's own backward takes after them."""
+    needs = list(op.needs)
+    need_x, need_w, _ = needs
+
+    def formula(h: Tensor) -> Diagonals:
+        # Where a diagonal is not needed, the other operand only lends its shape.
+        x_squared = squared(x) if need_w else x.to(h.dtype)
+        w_squared = squared(w) if need_x else w.to(h.dtype)
+        diagonals: Diagonals = _convolution_backward(h, x_squared, w_squared, *settings, needs)
+        return diagonals
+
+    return formula
 
 
 def convolution(op: Operation, met: Met) -> Formula:
