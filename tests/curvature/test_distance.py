@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hesscale_lightning.curvature import backward
 from hesscale_lightning.curvature.rules import distance
-from tests.curvature.oracle import Case, check
+from tests.curvature.oracle import Case, check, with_constants
 
 norm = torch.linalg.vector_norm
 aten = torch.ops.aten
@@ -118,3 +118,8 @@ def test_norm_of_zeros_is_flat_as_for_autograd() -> None:
 def test_blocks_of_rows_add_up(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distance, "_PAIRS", 1)
     check(next(case for case in CASES if case.name == name))
+
+
+@pytest.mark.parametrize("case", with_constants(CASES), ids=lambda case: case.name)
+def test_rule_with_constant_operands(case: Case) -> None:
+    check(case)

@@ -54,7 +54,7 @@ def wanted_of(graph: Graph, tensors: list[Tensor]) -> list[Tensor]:
 def test_engine_equals_the_slow_recursion(family: str, data: st.DataObject) -> None:
     """And again on the next step's graph, for which the engine follows the plan that it made for the first."""
     graph = data.draw(graphs(family))
-    engine._plans.clear()  # test_plan_cache.py has graphs that follow each other
+    engine._structures.clear()  # test_plan_cache.py has graphs that follow each other
     for method in METHODS:
         leaves = graph.new_leaves()
         with Recording() as recording:

@@ -14,23 +14,25 @@ others cost ten times as much.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from hesscale_lightning.curvature.operation import Operation, carried
 from hesscale_lightning.curvature.precision import HALF
-from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, register_rule
-from hesscale_lightning.curvature.rules.shape import carried
+from hesscale_lightning.curvature.registry import register_rule
+from hesscale_lightning.curvature.values import Value, opaque
 
+Diagonals = Sequence[Tensor | None]
+Formula = Callable[[Tensor], Diagonals]
 Probe = Callable[[Tensor], list[Tensor | None]]  # what the node makes of a gradient, for y and for x
 
 _ADVICE = "write it out of place, for example with torch.cat, torch.stack, torch.where or index_copy"
 
 
-@register_rule("torch::autograd::CopySlices")
-def copy_slices(op: Operation) -> Formula:
-    """``h_y = c_y^2 h``, ``h_x = c_x^2 h[positions]``; if one number x filled a part, ``h_x`` sums h over it."""
+def recognised(op: Operation) -> Formula:
+    """What the operation does, as a function of h; found out anew at every attach."""
     node, meta = op.node, op.node._input_metadata[0]
     shape = torch.Size(meta.shape)
 
@@ -48,6 +50,18 @@ def copy_slices(op: Operation) -> Formula:
         numbers = torch.arange(1, shape.numel() + 1, dtype=meta.dtype, device=meta.device)
         formula = (_regular_copy if need_x else _filling)(op, probe, numbers)
     return formula or _linear(op, probe)
+
+
+@register_rule("torch::autograd::CopySlices", prepare=recognised)
+def copy_slices(op: Operation, h: Value) -> Sequence[Value]:
+    """``h_y = c_y^2 h``, ``h_x = c_x^2 h[positions]``; if one number x filled a part, ``h_x`` sums h over it."""
+    made: Sequence[Value] = _applied(op.prepared, h)
+    return made
+
+
+@opaque
+def _applied(formula: Formula, h: Tensor) -> Diagonals:
+    return formula(h)
 
 
 def _filling(op: Operation, probe: Probe, numbers: Tensor) -> Formula | None:

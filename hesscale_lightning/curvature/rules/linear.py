@@ -7,6 +7,7 @@ second derivative in one operand.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,20 +56,20 @@ def bmm(op: Operation, h: Value) -> Sequence[Value]:
     )
 
 
-#: h_A from h and B^2, and h_B from A^2 and h.
-_OF_MATRICES = (lambda h, b: h @ b.mT, lambda a, h: a.mT @ h)
-_OF_MATRIX_AND_VECTOR = (lambda h, b: h.unsqueeze(-1) * b, lambda a, h: a.t() @ h)
-_OF_VECTORS = (lambda h, b: h * b, lambda a, h: a * h)
+def _outer(x: Value, y: Value) -> Value:
+    return x.unsqueeze(-1) * y
 
-#: Y = f(A, B), or Y = beta C + alpha f(A, B): the node, what it calls A and B, the formula, and the two above.
+
+#: Y = f(A, B), or Y = beta C + alpha f(A, B): the node, what it calls A and B, the formula, then
+#: h_A from h and B^2, and h_B from A^2 and h.
 _PRODUCTS: tuple[tuple[str, str, str, str, Product, Product], ...] = (
-    ("BaddbmmBackward0", "batch1", "batch2", "Y = beta C + alpha A B", *_OF_MATRICES),
-    ("AddbmmBackward0", "batch1", "batch2", "Y = beta C + alpha sum_k A_k B_k", *_OF_MATRICES),
-    ("MvBackward0", "self", "vec", "y = A x", *_OF_MATRIX_AND_VECTOR),
-    ("AddmvBackward0", "mat", "vec", "y = beta c + alpha A x", *_OF_MATRIX_AND_VECTOR),
+    ("BaddbmmBackward0", "batch1", "batch2", "Y = beta C + alpha A B", lambda h, b: h @ b.mT, lambda a, h: a.mT @ h),
+    ("AddbmmBackward0", "batch1", "batch2", "Y = beta C + alpha sum A B", lambda h, b: h @ b.mT, lambda a, h: a.mT @ h),
+    ("MvBackward0", "self", "vec", "y = A x", _outer, lambda a, h: a.t() @ h),
+    ("AddmvBackward0", "mat", "vec", "y = beta c + alpha A x", _outer, lambda a, h: a.t() @ h),
     ("AddrBackward0", "vec1", "vec2", "Y = beta C + alpha a b^T", lambda h, b: h @ b, lambda a, h: h.t() @ a),
-    ("DotBackward0", "self", "tensor", "y = a^T b", *_OF_VECTORS),
-    ("VdotBackward0", "self", "other", "y = a^T b", *_OF_VECTORS),
+    ("DotBackward0", "self", "tensor", "y = a^T b", lambda h, b: h * b, lambda a, h: a * h),
+    ("VdotBackward0", "self", "other", "y = a^T b", lambda h, b: h * b, lambda a, h: a * h),
 )  # fmt: skip
 
 
@@ -120,17 +121,19 @@ def _by_groups(
     """The curvatures of A and B where their shapes are given. The ends of the blocks are read from their device."""
     h_a = None if shape_a is None else h.new_zeros(shape_a)
     h_b = None if shape_b is None else h.new_zeros(shape_b)
+    places: Any
     start = 0
     for group, end in enumerate(ends.tolist()):
         block, all_rows = slice(start, end), slice(None)
-        of_a, of_b, of_h = {
+        places = {
             (2, 3): ((block,), (group,), (block,)),
             (3, 2): ((group,), (all_rows, block), (all_rows, block)),
             (2, 2): ((all_rows, block), (block,), (group,)),
         }[ranks]
-        if h_a is not None:
+        of_a, of_b, of_h = places
+        if h_a is not None and b is not None:
             h_a[of_a] = h[of_h] @ squared(b[of_b]).mT
-        if h_b is not None:
+        if h_b is not None and a is not None:
             h_b[of_b] = squared(a[of_a]).mT @ h[of_h]
         start = end
     return h_a, h_b
