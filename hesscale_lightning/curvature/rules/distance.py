@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hesscale_lightning.curvature.elementwise import local_rule
 from hesscale_lightning.curvature.operation import Operation
 from hesscale_lightning.curvature.registry import register_rule
-from hesscale_lightning.curvature.rules.reduction import curve, reduced_dims, spread
+from hesscale_lightning.curvature.rules.reduction import lowered, reduced_dims, spread
 from hesscale_lightning.curvature.values import ZERO, Value, opaque
 
 _PAIRS = 2**22  # entries of the largest temporary tensor for distances between all pairs
@@ -42,6 +43,9 @@ def _norm(x: Value, y: Value, p: float, curved: bool, dims: Any = None) -> tuple
         tied = x.abs() == y
         return x.sign() * (tied if dims is None else tied / tied.sum(dims, keepdim=True)), None
     flat = y == 0
+    if p == 2:
+        first = (x / y).masked_fill(flat, 0)
+        return first, ((1 - first * first) / y).masked_fill(flat, 0) if curved else None
     ratio = (x.abs() / y).masked_fill(flat, 0)
     if p < 2:
         flat = flat | (x == 0)
@@ -73,7 +77,7 @@ def norm(op: Operation, g: Value, h: Value) -> Value:
     keepdim = op.number("keepdim") if op.has("keepdim") else False
     y, g, h = (spread(t, dims, keepdim, rank) for t in (op.output("result"), g, h))
     first, second = _norm(x.to(y.dtype), y, _order(op), g is not ZERO, dims)
-    return curve(first, second, g, h)
+    return lowered(op, local_rule(first, second, g, h))
 
 
 @register_rule("DistBackward0")
@@ -88,11 +92,11 @@ def dist(op: Operation, g: Value, h: Value) -> Any:
 
     def of(shape: torch.Size) -> Value:
         if shape == x.shape:
-            return curve(first, second, g, h)
+            return local_rule(first, second, g, h)
         mixed = ((p - 1) / y).masked_fill(y == 0, 0)
         once = first.sum_to_size(shape)
         twice = None if second is None else (second + mixed * first * first).sum_to_size(shape) - mixed * once * once
-        return curve(once, twice, g, h)
+        return local_rule(once, twice, g, h)
 
     return of(a.shape), of(b.shape)
 
@@ -126,12 +130,12 @@ def _of_pairs(
         here = slice(start, start + block)
         x = a[..., here, None, :] - b[..., None, :, :]
         g_y, h_y = (ZERO if t is None else t[..., here, :, None] for t in (g, h))
-        total = curve(*_norm(x, y[..., here, :, None], p, g is not None), g_y, h_y)
+        total = local_rule(*_norm(x, y[..., here, :, None], p, g is not None), g_y, h_y)
         if total is ZERO:  # no curvature arrives, and none is made
             return None, None
         of_a.append(total.sum(-2))
         of_b = of_b + total.sum(-3)
-    return torch.cat(of_a, -2), of_b
+    return (torch.cat(of_a, -2), of_b) if of_a else (None, None)
 
 
 def _variance(op: Operation, root: bool, g: Value, h: Value) -> Value:
@@ -140,14 +144,16 @@ def _variance(op: Operation, root: bool, g: Value, h: Value) -> Value:
     dims = reduced_dims(op.number("dim"), rank)
     n = math.prod(x.shape[d] for d in dims) if rank else 1
     m = max(n - (1 if correction is None else correction), 0)
+    per_entry = 1 / m if m else math.inf  # so that what has no variance has nan, as its gradient
+    bend = (1 - 1 / max(n, 1)) * per_entry
     centered = x - x.mean(dims, keepdim=True)
     g, h = (spread(t, dims, keepdim, rank) for t in (g, h))
     if not root:
-        return curve(centered * (2 / m), 2 * (1 - 1 / n) / m, g.expand(x.shape), h)
-    y = ((centered * centered).sum(dims, keepdim=True) / m).sqrt()
-    first = (centered / (m * y)).masked_fill(y == 0, 0)
-    second = None if g is ZERO else (((1 - 1 / n) / m - first * first) / y).masked_fill(y == 0, 0)
-    return curve(first, second, g, h)
+        return local_rule(centered * (2 * per_entry), 2 * bend, g.expand(x.shape), h)
+    y = ((centered * centered).sum(dims, keepdim=True) * per_entry).sqrt()
+    first = (centered * per_entry / y).masked_fill(y == 0, 0)
+    second = None if g is ZERO else ((bend - first * first) / y).masked_fill(y == 0, 0)
+    return local_rule(first, second, g, h)
 
 
 @register_rule("VarBackward0", "StdBackward0")
@@ -162,7 +168,7 @@ def spread_of_entries_and_mean(op: Operation, g: Any, h: Any) -> Value:
     shape = op.input_shape(0)
     dims = reduced_dims(op.number("dim"), len(shape))
     n = math.prod(shape[d] for d in dims) if shape else 1
-    passed = (spread(h[1], dims, op.number("keepdim"), len(shape)) * n**-2).expand(shape)
+    passed = (spread(h[1], dims, op.number("keepdim"), len(shape)) / max(n, 1) ** 2).expand(shape)
     if g[0] is ZERO and h[0] is ZERO:
         return passed
     return _variance(op, op.name == "StdMeanBackward0", g[0], h[0]) + passed

@@ -14,6 +14,11 @@ from hesscale_lightning.curvature.registry import register_rule
 from hesscale_lightning.curvature.values import ZERO, Value
 
 
+def _inverse(a: Value) -> Value:
+    """The inverse of what the forward pass has inverted already: without a look at whether there is one."""
+    return torch.linalg.inv_ex(a)[0]
+
+
 def _through_inverse(y: Value, x: Value, g: Value, h: Value) -> Value:
     """``(Y^2)^T h (X^2)^T + 2 Y^T o (Y^T g X^T)``: curvature at A where ``X = A^-1 B`` has g and h."""
     passed = ZERO if h is ZERO else (y * y).mT @ h @ (x * x).mT
@@ -43,7 +48,7 @@ def solve(op: Operation, g: Value, h: Value) -> Any:
         identity = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
         y = torch.linalg.solve_triangular(a, identity, upper=not lower_of_left, unitriangular=unit)
     else:
-        y = torch.linalg.inv(a)
+        y = _inverse(a)
     h_a = _through_inverse(y, x, g, h) if op.need(0) else ZERO
     if triangular:
         h_a = h_a.tril(-1 if unit else 0) if lower_of_left else h_a.triu(1 if unit else 0)
@@ -60,9 +65,15 @@ def solve(op: Operation, g: Value, h: Value) -> Any:
 
 @register_rule("LinalgDetBackward0")
 def det(op: Operation, h: Value) -> Value:
-    """Linear in each entry: ``(det Y_ji)^2 h``."""
-    y, result = torch.linalg.inv(op.input(0, "A")).mT, op.output("result")
-    return y * y * (result * result * h)[..., None, None]
+    """Linear in each entry: ``(det Y_ji)^2 h``, the squared cofactors."""
+    a = op.input(0, "A")
+    # As in torch's gradient, a singular matrix is moved by rounding: its cofactors need not be zero.
+    factored = torch.linalg.lu_factor_ex(a)
+    pivots = factored[0].diagonal(0, -2, -1)
+    moved = factored[0] + torch.diag_embed((pivots == 0) * torch.finfo(a.dtype).eps)
+    y = torch.linalg.lu_solve(moved, factored[1], torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)).mT
+    cofactors = y * moved.diagonal(0, -2, -1).prod(-1)[..., None, None]  # but for their sign
+    return cofactors * cofactors * h[..., None, None]
 
 
 @register_rule("LinalgSlogdetBackward0", multi_output=True)
@@ -71,7 +82,7 @@ def slogdet(op: Operation, g: Any, h: Any) -> Value:
     weight = h[1] - g[1] if g[1] is not ZERO else h[1]
     if weight is ZERO:
         return ZERO
-    y = torch.linalg.inv(op.input(0, "A")).mT
+    y = _inverse(op.input(0, "A")).mT
     return y * y * weight[..., None, None]
 
 

@@ -29,19 +29,26 @@ def spread(x: Value, dims: Sequence[int], keepdim: bool, rank: int) -> Value:
     return x
 
 
-def curve(first: Value, second: Value, g: Value, h: Value) -> Value:
-    """``first^2 h + second g``, either of which may be missing."""
-    passed = ZERO if first is None or h is ZERO else first * first * h
-    return passed if second is None else passed + second * g
+def lowered(op: Operation, x: Value) -> Value:
+    """A curvature in the dtype of the input's, which ``dtype=`` may have left for another."""
+    dtype = op.input_dtype(0)
+    return x if x is ZERO or x.dtype is dtype else x.to(dtype)
 
 
 # -- sums --------------------------------------------------------------------------------------------------------------
 
 
-@register_rule("SumBackward0", "SumBackward1", "CumsumBackward0")
+@register_rule("SumBackward0", "SumBackward1")
 def total(op: Operation, h: Value) -> Value:
     """Every Jacobian entry is 0 or 1, and the node, which saves sizes only, expands."""
-    return op.backward(h)
+    return op.backward(lowered(op, h))
+
+
+@register_rule("CumsumBackward0")
+def cumsum(op: Operation, h: Value) -> Value:
+    """Every Jacobian entry is 0 or 1, so that ``h_i = sum_(j >= i) h_j``, not rounded to the input as by the node."""
+    h, dim = lowered(op, h), op.number("dim")
+    return h.flip(dim).cumsum(dim).flip(dim) if h.dim() else h
 
 
 @register_rule("NansumBackward0")
@@ -50,14 +57,14 @@ def nansum(op: Operation, h: Value) -> Value:
     x = op.input(0, "self")
     rank = x.dim()
     dims = reduced_dims(op.number("dim"), rank)
-    return spread(h, dims, op.number("keepdim"), rank).expand(x.shape).masked_fill(x.isnan(), 0)
+    return spread(lowered(op, h), dims, op.number("keepdim"), rank).expand(x.shape).masked_fill(x.isnan(), 0)
 
 
 @register_rule("MeanBackward0", "MeanBackward1")
 def mean(op: Operation, h: Value) -> Value:
     """``h / n^2``; the node divides by ``n`` once."""
     count = op.input_shape(0).numel() / max(op.output_shape().numel(), 1)
-    return op.backward(h / count)
+    return op.backward(lowered(op, h) / count)
 
 
 @register_rule("LogsumexpBackward0")
@@ -95,7 +102,7 @@ def _later(x: Value, y: Value, weight: Value, power: int, dim: int) -> Value:
 def prod(op: Operation, h: Value) -> Value:
     """``(prod_(k != i) x_k)^2 h``, without a division, so that factors may be zero."""
     x = op.input(0, "self").to(h.dtype)
-    return (_other_factors((x * x).flatten(), 0) * h).view(x.shape) if x.dim() else h
+    return lowered(op, (_other_factors((x * x).flatten(), 0) * h).view(x.shape) if x.dim() else h)
 
 
 @register_rule("ProdBackward1")
@@ -104,9 +111,9 @@ def prod_along(op: Operation, h: Value) -> Value:
     x = op.input(0, "self").to(h.dtype)
     rank = x.dim()
     if not rank:
-        return h
+        return lowered(op, h)
     dim = op.number("dim") % rank
-    return _other_factors(x * x, dim) * spread(h, [dim], op.number("keepdim"), rank)
+    return lowered(op, _other_factors(x * x, dim) * spread(h, [dim], op.number("keepdim"), rank))
 
 
 @opaque
@@ -126,4 +133,4 @@ def cumprod(op: Operation, h: Value) -> Value:
     """The Jacobian's entries are products of inputs, so their squares are those of the squared inputs."""
     y = op.output("result")
     x = op.input(0, "self").to(y.dtype)
-    return _cumprod_backward(h, x * x, op.number("dim"), y * y)
+    return lowered(op, _cumprod_backward(h, x * x, op.number("dim"), y * y))
