@@ -7,7 +7,8 @@ rule carries three numbers. Some rules would run on complex numbers all the same
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+
+import torch
 
 from hesscale_lightning.curvature.graph import AccumulateGrad, Node, path
 from hesscale_lightning.curvature.operation import UnsupportedOperationError
@@ -19,10 +20,13 @@ _ADVICE = (
 
 #: Nodes with a rule that make real numbers of complex ones. Between a real parameter and a real loss complex numbers
 #: have to pass one of them, so that a graph like one that was planned for need be looked at in these places only.
-LEADING_OUT = frozenset({
+_LEADING_OUT = frozenset({
     "AbsBackward0", "AngleBackward0", "DistBackward0", "LinalgSlogdetBackward0", "LinalgVectorNormBackward0",
     "NormBackward0", "NormBackward1", "NormBackward2", "NormBackward3", "StdBackward0", "StdMeanBackward0",
     "ToCopyBackward0", "VarBackward0", "VarMeanBackward0", "torch::autograd::CopyBackwards",
+    # with dtype=
+    "CumprodBackward0", "CumsumBackward0", "MeanBackward0", "MeanBackward1", "ProdBackward0", "ProdBackward1",
+    "SumBackward0", "SumBackward1",
 })  # fmt: skip
 
 
@@ -53,13 +57,20 @@ def refuse_complex(root: Node, nodes: Iterable[Node]) -> None:
 
 
 def ways_out(nodes: Sequence[Node]) -> list[int]:
-    """Positions of the nodes whose input another graph of the same structure may have as a complex tensor."""
-    return [k for k, node in enumerate(nodes) if node.name() in LEADING_OUT]
+    """Positions of the nodes whose input may be complex in another graph of the same structure.
+
+    Those of a user's ``torch.autograd.Function`` may do anything and are all among them.
+    """
+    return [
+        k
+        for k, node in enumerate(nodes)
+        if isinstance(node, torch.autograd.function.FunctionCtx) or node.name() in _LEADING_OUT
+    ]
 
 
-def takes_complex(node: Any) -> bool:
-    """Whether an input of ``node`` is complex."""
-    for child, output in node.next_functions:
+def takes_complex(inputs: Sequence[tuple[Node | None, int]]) -> bool:
+    """Whether an input of a node with these ``next_functions`` is complex."""
+    for child, output in inputs:
         if child is not None and type(child) is not AccumulateGrad and child._input_metadata[output].dtype.is_complex:
             return True
     return False

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from hesscale_lightning.curvature import deep_graphs
+
 Node = Any  # torch.autograd.graph.Node is an abstract base that its own instances do not satisfy for a type checker
 
 #: The node that an input came from, which of that node's outputs it is, and whether it was transposed in between: every
@@ -55,6 +57,7 @@ def trace(root: Node, leaves: Container[int] | None, inner: Iterable[tuple[Node,
         leaves: ``id`` of every wanted leaf tensor; None wants every leaf that requires grad.
         inner: ``(tensor.grad_fn, tensor.output_nr)`` of every wanted tensor that is not a leaf.
     """
+    deep_graphs.release()
     goals = {node for node, _ in inner}
     finished: list[Node] = []  # each after all that it leads to
     index: dict[Node | None, int] = {None: -1}
@@ -91,6 +94,7 @@ def trace(root: Node, leaves: Container[int] | None, inner: Iterable[tuple[Node,
                 found += 1
             else:
                 index[child] = -1
+    deep_graphs.keep(root, edges)
     last = len(finished) - 1
     for node, position in index.items():
         if position >= 0:
@@ -144,6 +148,7 @@ def follow(route: Route, root: Node, leaves: Container[int] | None) -> tuple[lis
         root: The other graph's root.
         leaves: As for :func:`trace`.
     """
+    deep_graphs.release()
     nodes: list[Node] = [None] * route.slots
     following: list[Any] = [()] * route.slots
     nodes[0] = root
@@ -174,7 +179,14 @@ def follow(route: Route, root: Node, leaves: Container[int] | None) -> tuple[lis
                 nodes[target] = child
             elif known is not child:
                 return None
-    return (nodes, following) if len(set(nodes)) == route.slots else None
+    if len(set(nodes)) != route.slots:
+        return None
+    if route.slots >= deep_graphs.DEEP:
+        inputs = {
+            nodes[slot]: [(nodes[to[0]],) for to in expected if to is not None] for slot, expected in route.visits
+        }
+        deep_graphs.keep(root, {**dict.fromkeys(nodes, ()), **inputs})
+    return nodes, following
 
 
 def path(root: Node, target: Node) -> list[Node]:

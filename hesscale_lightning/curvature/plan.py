@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hesscale_lightning.curvature.complex_numbers import refuse_complex, takes_complex, ways_out
 from hesscale_lightning.curvature.composite import Composite, Joiner
 from hesscale_lightning.curvature.graph import AccumulateGrad, Node, Route, Trace, follow, route_of
 from hesscale_lightning.curvature.registry import Rule, find_rule, no_rule, on_registration
@@ -59,6 +60,7 @@ class Plan(NamedTuple):
         declined: Positions of operations that were not joined because they do not work along the last dimension, which
             another graph of the same structure may do.
         weights: For every multiplication of a term of the loss by a number: its position, and whether the number is 0.
+        ways_out: Positions of the operations that take complex numbers in other graphs of this structure, not to be planned for.
         recipes: What ``hesscale_rank1`` does differently, for graphs of different sizes; see :mod:`..rank_one`.
     """
 
@@ -71,6 +73,7 @@ class Plan(NamedTuple):
     narrow: int
     declined: list[int]
     weights: list[tuple[int, bool]]
+    ways_out: list[int]
     recipes: list[Any]
 
 
@@ -103,6 +106,7 @@ def make_plan(root: Node, found: Trace, goals: list[Output], method: str) -> Pla
         TypeError: A parameter is complex.
     """
     nodes = found.nodes
+    refuse_complex(root, nodes)
     rules = [None if type(node) is AccumulateGrad else _rule_for(root, node) for node in nodes]
     weights = _weights(found)
     whole = found
@@ -159,6 +163,7 @@ def make_plan(root: Node, found: Trace, goals: list[Output], method: str) -> Pla
         narrow,
         sorted(joiner.declined),
         weights,
+        ways_out(nodes),
         [],
     )
 
@@ -264,6 +269,8 @@ class PlanCache:
         for i, plan in enumerate(plans):
             found = follow(plan.route, root, leaves) if plan.route is not None else None
             if found is not None:
+                if any(takes_complex(found[1][position]) for position in plan.ways_out):
+                    continue  # to plan for it is an error
                 if i:  # the next graph is likely to be of the same kind
                     self._plans[key] = [plan, *plans[:i], *plans[i + 1 :]]
                 yield plan, *found

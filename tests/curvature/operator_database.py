@@ -1,4 +1,4 @@
-"""Every differentiable operator that torch itself can list, as one small graph each, and two dense references for it."""
+"""Every differentiable operator that torch itself can list, as small graphs, and a dense reference node by node."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def _differentiable(op: OpInfo) -> bool:
 
 
 def small_samples(op: OpInfo, inplace: bool = False, limit: int = 24) -> list[Sample]:
-    """The small ones among the first uses of ``op`` with differentiable inputs and outputs; if none is, one that is not."""
+    """The small ones among the first uses of ``op`` with differentiable inputs and outputs; if none is, the smallest."""
     if op.formatted_name in _OWN:
         return [_own(op.formatted_name)]
     found: list[Sample] = []
     for sample in islice(_samples(op, inplace), limit):
         if sample.size() <= SMALL:
             found.append(sample)
-    return found or list(islice(_samples(op, inplace), 1))
+    return found or sorted(islice(_samples(op, inplace), limit), key=Sample.size)[:1]
 
 
 #: Operators that the database has only large samples of.
@@ -173,7 +173,7 @@ def node_by_node(loss: Tensor, inputs: list[Tensor]) -> list[Tensor]:
         none = [torch.zeros(tuple(m.shape), dtype=m.dtype) for m in meta]
         g = [grads.get((node, k), none[k]) for k in range(len(meta))]
         h = [curvature.get((node, k), none[k]) for k in range(len(meta))]
-        edges = [edge for edge in node.next_functions]
+        edges = list(node.next_functions)
         rows = [torch.zeros(_shape(edge), dtype=torch.float64) if edge[0] in place else None for edge in edges]
         for k, h_k in enumerate(h):
             for j in range(h_k.numel()):
