@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
+from hesscale_lightning.curvature.gradient_hooks import Watch, ours, suspected
 from hesscale_lightning.curvature.graph import Node
 from hesscale_lightning.curvature.precision import HALF
 
@@ -41,6 +42,7 @@ class Attachment:
     _spent = False
     _leaves: Sequence[tuple[int, Node]] = ()  # by cell, those that receive a diagonal in the end
     _inner: Mapping[int, tuple[Node, Tensor]] = {}  # by cell, node and tensor of each that is no leaf
+    _watch: Watch | None = None  # whether a hook changes a gradient, where that may be
     _fresh: Set[int] = frozenset()  # cells of the leaves that had no gradient when backward began
 
     def __init__(self, device_type: str) -> None:
@@ -60,10 +62,24 @@ class Attachment:
 
     def _spend(self) -> None:
         self._spent = True
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
         self._handles = ()
         self._leaves = ()
         self._inner = {}
         self._let_go()
+
+    def arm(self) -> None:
+        """Puts the hooks on the graph."""
+        raise NotImplementedError
+
+    def watched(self, loss: Tensor, nodes: Sequence[Node]) -> None:
+        """Puts the hooks on the graph, and where others may be, hooks that tell whether these change a gradient."""
+        watch = Watch(loss) if suspected(nodes) else None
+        self.arm()
+        self._watch = watch
+        ours(len(self._handles) + (0 if watch is None else watch.registered))
 
     # -- what a kind of pass does
 
@@ -129,6 +145,12 @@ class Attachment:
             arrived: By cell.
             own: Cells of what is known to share no memory with anything else.
         """
+        if self._watch is not None and self._watch.changed:
+            raise RuntimeError(
+                f"a hook changed the gradient before {', '.join(dict.fromkeys(self._watch.changed))}, of which the curvature "
+                "would know nothing: write the change as a torch.autograd.Function with a rule (register_rule), or remove "
+                "the hook"
+            )
         taken: set[int] = set()
         for cell, node in self._leaves:
             tensor = node.variable

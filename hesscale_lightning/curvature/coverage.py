@@ -224,7 +224,7 @@ def _entries(root: Node, found: Trace, outside: set[Node]) -> list[Entry]:
     rules = [None if type(node) is AccumulateGrad else find_rule(node) for node in nodes]
     operations = [_operation(node, found) for node in nodes]
     joiner = Joiner(found, rules, [False] * len(nodes), outside, operations.__getitem__)
-    below = _reachable(found)
+    places, below = _reachable(found)
     others = {child for inputs in edges.values() for child, output, _ in inputs if output}  # used beyond the first
     curved = [False] * len(nodes)  # whether curvature other than zero can arrive at a node
     absorbed: set[int] = set()
@@ -257,7 +257,8 @@ def _entries(root: Node, found: Trace, outside: set[Node]) -> list[Entry]:
         if refusal is not None:
             entries.append(Entry(node.name(), "unsupported", refusal))
             continue
-        meeting = _meeting(found, [index[child] for child, _, _ in inputs], below) if mixes or arrives else None
+        where = [index[child] for child, _, _ in inputs if index[child] >= 0]
+        meeting = _meeting(where, places, below) if mixes or arrives else None
         if meeting is not None:
             entries.append(
                 Entry(
@@ -276,17 +277,30 @@ def _entries(root: Node, found: Trace, outside: set[Node]) -> list[Entry]:
     return entries
 
 
-def _reachable(found: Trace) -> list[int]:
-    """For each node a bit set of itself and all that it leads to."""
-    below = [1 << position for position in range(len(found.nodes))]
+def _reachable(found: Trace) -> tuple[list[int], list[int]]:
+    """Where paths can meet, and for each node a bit set of which of these places it is or leads to.
+
+    Paths that meet come to their first common node by two edges, so that others need no bit: with a bit for every node
+    the sets of a deep graph would be gigabytes.
+    """
+    arriving = [0] * len(found.nodes)
+    inputs = [
+        [found.index[child] for child, _, _ in found.edges[node] if found.index[child] >= 0] for node in found.nodes
+    ]
+    for positions in inputs:
+        for position in positions:
+            arriving[position] += 1
+    places = [position for position, edges in enumerate(arriving) if edges > 1]
+    below = [0] * len(found.nodes)
+    for bit, position in enumerate(places):
+        below[position] = 1 << bit
     for position in reversed(range(len(found.nodes))):
-        for child, _, _ in found.edges[found.nodes[position]]:
-            if found.index[child] >= 0:
-                below[position] |= below[found.index[child]]
-    return below
+        for child in inputs[position]:
+            below[position] |= below[child]
+    return places, below
 
 
-def _meeting(found: Trace, inputs: list[int], below: list[int]) -> int | None:
+def _meeting(inputs: list[int], places: list[int], below: list[int]) -> int | None:
     """The first node that two inputs have in common."""
     seen = common = 0
     for position in inputs:
@@ -294,7 +308,7 @@ def _meeting(found: Trace, inputs: list[int], below: list[int]) -> int | None:
         seen |= below[position]
     if not common:
         return None
-    return (common & -common).bit_length() - 1
+    return places[(common & -common).bit_length() - 1]
 
 
 def _describe(node: Node) -> str:

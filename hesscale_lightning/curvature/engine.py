@@ -238,7 +238,7 @@ def _armed(loss: Tensor, root: Node, wanted: dict[int, Tensor] | None, method: s
         interpreted.when_recorded(
             partial(_write, structure, recording, found, slots, wanted is None, interpreted.plan, facts)
         )
-    interpreted.arm()
+    interpreted.watched(loss, found.nodes)
     return interpreted
 
 
@@ -262,7 +262,7 @@ def _compiled(
     device_type = loss.device.type
     instead = partial(_interpreted, device_type, root, wanted, method)
     compiled = CompiledPass(device_type, variant.program, structure, nodes, saved, instead)
-    compiled.arm()
+    compiled.watched(loss, nodes)
     return compiled
 
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from hesscale_lightning.curvature import deep_graphs
+
 Node = Any  # torch.autograd.graph.Node is an abstract base that its own instances do not satisfy for a type checker
 
 #: The node that an input came from, which of that node's outputs it is, and whether it was transposed in between: every
@@ -54,6 +56,7 @@ def trace(root: Node, leaves: Container[int] | None, inner: Iterable[tuple[Node,
         leaves: ``id`` of every wanted leaf tensor; None wants every leaf that requires grad.
         inner: ``(tensor.grad_fn, tensor.output_nr)`` of every wanted tensor that is not a leaf.
     """
+    deep_graphs.release()
     goals = {node for node, _ in inner}
     finished: list[Node] = []  # each after all that it leads to
     index: dict[Node | None, int] = {None: -1}
@@ -90,6 +93,7 @@ def trace(root: Node, leaves: Container[int] | None, inner: Iterable[tuple[Node,
                 found += 1
             else:
                 index[child] = -1
+    deep_graphs.keep(root, edges)
     last = len(finished) - 1
     for node, position in index.items():
         if position >= 0:
