@@ -57,6 +57,8 @@ check: lint type test  ## what CI checks: lint, types, tests
 
 bench: $(STAMP)  ## measure the cost of curvature, in time and memory, and of an optimizer's step
 	$(BIN)/python -m benchmarks.curvature
+	$(BIN)/python -m benchmarks.account
+	$(BIN)/python -m benchmarks.structures
 	$(BIN)/python -m benchmarks.optimizer_step
 	$(BIN)/python -m benchmarks.output
 	$(BIN)/python -m benchmarks.lightning_step

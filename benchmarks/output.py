@@ -21,7 +21,7 @@ from torch.distributions import Categorical, Independent, Normal
 from benchmarks.timing import ratios, write_table
 from hesscale_lightning.curvature import attach, backward, exact_hess_diag
 from hesscale_lightning.curvature.composite import Joiner
-from hesscale_lightning.curvature.engine import _plans
+from hesscale_lightning.curvature.engine import _structures
 
 BATCH, INPUTS, ACTIONS = 64, 17, 6
 
@@ -55,11 +55,11 @@ class separate_paths:
     def __enter__(self) -> None:
         self.ending_in = Joiner.ending_in
         Joiner.ending_in = lambda *_: None  # type: ignore[method-assign, assignment]
-        _plans.clear()
+        _structures.clear()
 
     def __exit__(self, *_: object) -> None:
         Joiner.ending_in = self.ending_in  # type: ignore[method-assign]
-        _plans.clear()
+        _structures.clear()
 
 
 def measure(gaussian: bool, seconds: float) -> list[str]:

@@ -43,10 +43,14 @@ class StochasticDepth(nn.Module):
         self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
         self.head = nn.Linear(width, 10)
         self.random = random.Random(0)
+        self.step = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            if self.random.random() < 0.5:
+        self.step += 1
+        if self.step % 2:  # the two steps of a round are the same
+            self.kept = [self.random.random() < 0.5 for _ in self.blocks]
+        for block, kept in zip(self.blocks, self.kept, strict=True):
+            if kept:
                 x = block(x)
         return self.head(x)
 
@@ -63,8 +67,9 @@ class Unrolled(nn.Module):
         self.step = 0
 
     def next_length(self) -> int:
+        """The same for both steps of a round."""
         self.step += 1
-        return self.lengths[self.step % len(self.lengths)]
+        return self.lengths[self.step // 2 % len(self.lengths)]
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.zeros(len(x), 32)
@@ -75,7 +80,10 @@ class Unrolled(nn.Module):
 
 class RandomLengths(Unrolled):
     def next_length(self) -> int:
-        return self.random.choice(self.lengths)
+        self.step += 1
+        if self.step % 2:
+            self.length = self.random.choice(self.lengths)
+        return self.length
 
 
 LOOPS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
