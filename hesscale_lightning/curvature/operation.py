@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hesscale_lightning.curvature.graph import AccumulateGrad, Node
 from hesscale_lightning.curvature.precision import HALF
-from hesscale_lightning.curvature.values import Value
+from hesscale_lightning.curvature.values import ZERO, Value
 
 
 class UnsupportedOperationError(NotImplementedError):
@@ -105,8 +105,11 @@ class Operation:
         return hasattr(type(self.node), f"_saved_{name}") or (self._saved is not None and name in self._saved)
 
     def backward(self, *h: Value) -> Value:
-        """What the autograd node does to a gradient: ``J^T h``. Only for nodes that have saved sizes and no tensor."""
-        return self.node(*h)
+        """What the autograd node does to a gradient: ``J^T h``. Only for nodes that have saved sizes and no tensor.
+
+        Where there are several inputs, it has an entry for each; of several outputs, some ``h`` may be ``ZERO``.
+        """
+        return self.node(*[None if part is ZERO else part for part in h])
 
     # -- what is known of inputs and outputs
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Sequence
 
-from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, register_rule
+from hesscale_lightning.curvature.operation import Operation
+from hesscale_lightning.curvature.registry import register_rule
+from hesscale_lightning.curvature.values import ZERO, Value
 
 
 @register_rule("_DDPSinkBackward", "BackwardHookFunctionBackward", multi_output=True)
-def identity(op: Operation) -> Formula:
+def identity(op: Operation, h: Sequence[Value]) -> Sequence[Value]:
     """The identity around a module's inputs or outputs; what comes before these is the framework's own."""
-    own = len(op.needs) - len(op.node._input_metadata)
-
-    def formula(h: tuple[Tensor | None, ...]) -> Diagonals:
-        return (*[None] * own, *h)
-
-    return formula
+    return (*[ZERO] * (len(op.needs) - op.outputs()), *h)

@@ -6,230 +6,205 @@ so ``h_x = J^T h``; an entry picked twice sums both. Only indices and masks are 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, register_rule
-from hesscale_lightning.curvature.rules.shape import as_inputs, dim_of
+from hesscale_lightning.curvature.elementwise import fitted
+from hesscale_lightning.curvature.operation import Operation
+from hesscale_lightning.curvature.registry import register_rule
+from hesscale_lightning.curvature.values import Value, opaque
 
 _aten = torch.ops.aten
 _index = _aten.index.Tensor  # the bindings of Tensor.__getitem__ take no list with gaps
 _index_put = _aten.index_put.default
 _index_put_ = _aten.index_put_.default
 _masked_scatter_backward = _aten.masked_scatter_backward.default
-
-_NONE = torch.Size()  # the shape of an input whose curvature is not needed
+_unsafe_masked_index = _aten._unsafe_masked_index.default
+_unsafe_masked_index_put_accumulate = _aten._unsafe_masked_index_put_accumulate.default
 
 
 # -- picking by index or mask ----------------------------------------------------------------------------------------
 
 
+@opaque
+def into_zeros(like: Tensor, shape: Sequence[int], method: str, *arguments: Any) -> Tensor:
+    """Zeros of ``shape``, and of the dtype of ``like``, after an in-place method."""
+    changed: Tensor = getattr(like.new_zeros(shape), method)(*arguments)
+    return changed
+
+
+@opaque
+def _added_at(indices: tuple[Tensor | None, ...], h: Tensor, shape: Sequence[int]) -> Tensor:
+    added: Tensor = _index_put_(h.new_zeros(shape), indices, h, True)
+    return added
+
+
 @register_rule("IndexBackward0", "UnsafeIndexBackward0", view=True)
-def index(op: Operation) -> Formula:
+def index(op: Operation, h: Value) -> Value:
     """``y = x[indices]``."""
-    indices, shape = op.node._saved_indices, op.node._saved_self_sym_sizes
-    return lambda h: (_index_put_(h.new_zeros(shape), indices, h, True),)
+    return _added_at(op.tensors("indices"), h, op.number("self_sym_sizes"))
+
+
+@register_rule("UnsafeMaskedIndexBackward0", view=True)
+def unsafe_masked_index(op: Operation, h: Value) -> Value:
+    """``y = x[indices]`` where the mask is True, else a number."""
+    zeros = h.new_zeros(op.number("self_sym_sizes"))
+    return _unsafe_masked_index_put_accumulate(zeros, op.tensor("mask"), op.tensors("indices"), h)
 
 
 @register_rule("IndexSelectBackward0", view=True)
-def index_select(op: Operation) -> Formula:
+def index_select(op: Operation, h: Value) -> Value:
     """``y[.., k, ..] = x[.., index[k], ..]``."""
-    dim, at, shape = dim_of(op), op.node._saved_index, op.node._saved_self_sym_sizes
-    return lambda h: (h.new_zeros(shape).index_add_(dim, at, h),)
+    return into_zeros(h, op.number("self_sym_sizes"), "index_add_", op.number("dim"), op.tensor("index"), h)
 
 
 @register_rule("GatherBackward0", view=True)
-def gather(op: Operation) -> Formula:
+def gather(op: Operation, h: Value) -> Value:
     """``y[k, j] = x[index[k, j], j]``."""
-    dim, at, shape = dim_of(op), op.node._saved_index, op.input_shape(0)
-    return lambda h: (h.new_zeros(shape).scatter_add_(dim, at, h),)
+    return into_zeros(h, op.input_shape(0), "scatter_add_", op.number("dim"), op.tensor("index"), h)
 
 
 @register_rule("TakeBackward0", view=True)
-def take(op: Operation) -> Formula:
+def take(op: Operation, h: Value) -> Value:
     """``y[k] = x.flatten()[index[k]]``."""
-    at, shape = op.node._saved_index, op.input_shape(0)
-    return lambda h: (h.new_zeros(shape).put_(at, h, accumulate=True),)
+    return into_zeros(h, op.input_shape(0), "put_", op.tensor("index"), h, True)
 
 
 @register_rule("MaskedSelectBackward0", view=True)
-def masked_select(op: Operation) -> Formula:
+def masked_select(op: Operation, h: Value) -> Value:
     """``y = x[mask]``; x and mask may have been broadcast."""
-    mask, shape = op.node._saved_mask, op.input_shape(0)
-    both = torch.broadcast_shapes(mask.shape, shape)
-    return lambda h: (h.new_zeros(both).masked_scatter_(mask, h).sum_to_size(shape),)
+    mask, shape = op.tensor("mask"), op.input_shape(0)
+    return into_zeros(h, torch.broadcast_shapes(mask.shape, shape), "masked_scatter_", mask, h).sum_to_size(shape)
 
 
 @register_rule("WhereBackward0")
-def where(op: Operation) -> Formula:
+def where(op: Operation, h: Value) -> Sequence[Value]:
     """``y`` is a where the condition holds, else b; either may have been broadcast."""
-    condition = op.node._saved_condition
-    need_a, need_b = op.needs
-    shape_a = op.input_shape(0) if need_a else _NONE
-    shape_b = op.input_shape(1) if need_b else _NONE
-
-    def formula(h: Tensor) -> Diagonals:
-        return (
-            torch.where(condition, h, 0).sum_to_size(shape_a) if need_a else None,
-            torch.where(condition, 0, h).sum_to_size(shape_b) if need_b else None,
-        )
-
-    return as_inputs(op, formula)
+    condition = op.tensor("condition")
+    return (
+        op.need(0) and fitted(op, 0, torch.where(condition, h, 0)),
+        op.need(1) and fitted(op, 1, torch.where(condition, 0, h)),
+    )
 
 
 # -- putting in place ------------------------------------------------------------------------------------------------
 
 
 @register_rule("IndexPutBackward0", "IndexPutImplBackward0", "UnsafeIndexPutBackward0")
-def index_put(op: Operation) -> Formula:
+def index_put(op: Operation, h: Value) -> Sequence[Value]:
     """``y[indices] = values`` or ``y[indices] += values``; values may have been broadcast."""
-    indices, accumulate = op.node._saved_indices, op.node._saved_accumulate
-    need_x, need_values = op.needs
-    shape = op.input_shape(1) if need_values else _NONE
+    indices = op.tensors("indices")
+    return (
+        op.need(0) and (h if op.number("accumulate") else _index_put(h, indices, h.new_zeros(()))),
+        op.need(1) and _index(h, indices).sum_to_size(op.input_shape(1)),
+    )
 
-    def formula(h: Tensor) -> Diagonals:
-        return (
-            (h if accumulate else _index_put(h, indices, h.new_zeros(()))) if need_x else None,
-            _index(h, indices).sum_to_size(shape) if need_values else None,
-        )
 
-    return formula
+@register_rule("UnsafeMaskedIndexPutAccumulateBackward0")
+def unsafe_masked_index_put(op: Operation, h: Value) -> Sequence[Value]:
+    """``y[indices] += values`` where the mask is True."""
+    return h, op.need(1) and _unsafe_masked_index(h, op.tensor("mask"), op.tensors("indices"), 0)
 
 
 @register_rule("IndexAddBackward0")
-def index_add(op: Operation) -> Formula:
+def index_add(op: Operation, h: Value) -> Sequence[Value]:
     """``y[index] += alpha source``."""
-    dim, at, alpha = dim_of(op), op.node._saved_index, op.node._saved_alpha
-    need_x, need_source = op.needs
-    shape = op.input_shape(1) if need_source else _NONE
-
-    def formula(h: Tensor) -> Diagonals:
-        h_source = None
-        if need_source:
-            h_source = h.index_select(dim, at).view(shape)
-            if alpha != 1:
-                h_source = h_source * alpha**2
-        return h if need_x else None, h_source
-
-    return formula
+    dim, at, alpha = op.number("dim"), op.tensor("index"), op.number("alpha")
+    return h, op.need(1) and h.index_select(dim, at).view(op.input_shape(1)) * alpha**2
 
 
 @register_rule("IndexCopyBackward0")
-def index_copy(op: Operation) -> Formula:
+def index_copy(op: Operation, h: Value) -> Sequence[Value]:
     """``y[index] = source``."""
-    dim, at = dim_of(op), op.node._saved_index
-    need_x, need_source = op.needs
-    shape = op.input_shape(1) if need_source else _NONE
-
-    def formula(h: Tensor) -> Diagonals:
-        return (
-            h.index_fill(dim, at, 0) if need_x else None,
-            h.index_select(dim, at).view(shape) if need_source else None,
-        )
-
-    return formula
+    dim, at = op.number("dim"), op.tensor("index")
+    return (
+        op.need(0) and h.index_fill(dim, at, 0),
+        op.need(1) and h.index_select(dim, at).view(op.input_shape(1)),
+    )
 
 
 @register_rule("IndexFillBackward0")
-def index_fill(op: Operation) -> Formula:
+def index_fill(op: Operation, h: Value) -> Value:
     """``y[index] = number``."""
-    dim, at = dim_of(op), op.node._saved_index
-    return lambda h: (h.index_fill(dim, at, 0),)
+    return h.index_fill(op.number("dim"), op.tensor("index"), 0)
 
 
 @register_rule("IndexFillBackward1")
-def index_fill_with_tensor(op: Operation) -> Formula:
+def index_fill_with_tensor(op: Operation, h: Value) -> Sequence[Value]:
     """``y[index] = value``, a tensor with one element."""
-    dim, at = dim_of(op), op.node._saved_index.unique()
-    need_x, need_value = op.needs
+    dim, at = op.number("dim"), op.tensor("index")
+    return (
+        op.need(0) and h.index_fill(dim, at, 0),
+        op.need(1) and fitted(op, 1, _sum_at(h, dim, at)),
+    )
 
-    def formula(h: Tensor) -> Diagonals:
-        return (
-            h.index_fill(dim, at, 0) if need_x else None,
-            h.index_select(dim, at).sum() if need_value else None,
-        )
 
-    return formula
+@opaque
+def _sum_at(h: Tensor, dim: int, at: Tensor) -> Tensor:
+    return h.index_select(dim, at.unique()).sum()
 
 
 @register_rule("ScatterBackward0")
-def scatter(op: Operation) -> Formula:
+def scatter(op: Operation, h: Value) -> Sequence[Value]:
     """``y[index[k, j], j] = source[k, j]``, where, as for autograd, no two sources go to one place."""
-    dim, at = dim_of(op), op.node._saved_index
-    need_x, need_source = op.needs
-
-    def formula(h: Tensor) -> Diagonals:
-        return h.scatter(dim, at, 0) if need_x else None, h.gather(dim, at) if need_source else None
-
-    return formula
+    dim, at = op.number("dim"), op.tensor("index")
+    return op.need(0) and h.scatter(dim, at, 0), op.need(1) and h.gather(dim, at)
 
 
 @register_rule("ScatterBackward1")
-def scatter_number(op: Operation) -> Formula:
+def scatter_number(op: Operation, h: Value) -> Value:
     """``y[index[k, j], j] = number``."""
-    dim, at = dim_of(op), op.node._saved_index
-    return lambda h: (h.scatter(dim, at, 0),)
+    return h.scatter(op.number("dim"), op.tensor("index"), 0)
 
 
 @register_rule("ScatterAddBackward0")
-def scatter_add(op: Operation) -> Formula:
+def scatter_add(op: Operation, h: Value) -> Sequence[Value]:
     """``y[index[k, j], j] += source[k, j]``."""
-    dim, at = dim_of(op), op.node._saved_index
-    need_x, need_source = op.needs
-
-    def formula(h: Tensor) -> Diagonals:
-        return h if need_x else None, h.gather(dim, at) if need_source else None
-
-    return formula
+    return h, op.need(1) and h.gather(op.number("dim"), op.tensor("index"))
 
 
 @register_rule("PutBackward0")
-def put(op: Operation) -> Formula:
+def put(op: Operation, h: Value) -> Sequence[Value]:
     """``y.flatten()[index] = source``, or ``+=``."""
-    at, accumulate = op.node._saved_index, op.node._saved_accumulate
-    need_x, need_source = op.needs
-    shape = op.input_shape(1) if need_source else _NONE
-
-    def formula(h: Tensor) -> Diagonals:
-        return (
-            (h if accumulate else h.put(at, h.new_zeros(at.shape))) if need_x else None,
-            h.take(at).view(shape) if need_source else None,
-        )
-
-    return formula
+    at = op.tensor("index")
+    return (
+        op.need(0) and (h if op.number("accumulate") else h.put(at, h.new_zeros(at.shape))),
+        op.need(1) and h.take(at).view(op.input_shape(1)),
+    )
 
 
 @register_rule("MaskedScatterBackward0")
-def masked_scatter(op: Operation) -> Formula:
-    """``y[mask] = source``, as many of its first entries as are needed."""
-    mask, shape = op.node._saved_mask, op.node._saved_source_sym_sizes
-    need_x, need_source = op.needs
-
-    def formula(h: Tensor) -> Diagonals:
-        return (
-            h.masked_fill(mask, 0) if need_x else None,
-            _masked_scatter_backward(h, mask, shape) if need_source else None,
-        )
-
-    return formula
+def masked_scatter(op: Operation, h: Value) -> Sequence[Value]:
+    """``y[mask] = source``, as many of its first entries as are needed; x may have been broadcast."""
+    mask = op.tensor("mask")
+    return (
+        op.need(0) and h.masked_fill(mask, 0).sum_to_size(op.input_shape(0)),
+        op.need(1) and _masked_scatter_backward(h, mask, op.number("source_sym_sizes")),
+    )
 
 
-@register_rule("ScatterReduceBackward0", "IndexReduceBackward0")
-def reduce_into(op: Operation) -> Formula:
-    """``y`` is the sum, mean, maximum or minimum of what goes to one place, x itself included or not.
+@register_rule("ScatterReduceBackward0", "IndexReduceBackward0", bilinear=True)
+def reduce_into(op: Operation, h: Value) -> Sequence[Value]:
+    """``y`` is the sum, mean, product, maximum or minimum of what goes to one place, x itself included or not.
 
-    A mean over n entries, and a tie between n, have the coefficient 1/n.
+    A mean over n entries, and a tie between n, have the coefficient 1/n; a factor has the product of the others.
     """
-    node = op.node
-    x, at, dim, reduce, include = (
-        node._saved_self, node._saved_index, dim_of(op), node._saved_reduce, node._saved_include_self,
-    )  # fmt: skip
-    if reduce == "prod":
-        raise op.unsupported("the product of what goes to one place is not supported; sum, mean, amax and amin are")
-    by_entry = node.name() == "ScatterReduceBackward0"
-    source = node._saved_src if by_entry else node._saved_source
+    by_entry = op.name == "ScatterReduceBackward0"
+    reduce, dim, at = op.number("reduce"), op.number("dim"), op.tensor("index")
+    x, y, source = op.input(0, "self"), op.output("result"), op.input(1, "src" if by_entry else "source")
+    own, sent = _coefficients(reduce, x, y, source, dim, at, op.number("include_self"), by_entry)
+    picked = op.need(1) and (h.gather(dim, at) if by_entry else h.index_select(dim, at))
+    return op.need(0) and h * (own * own), op.need(1) and picked * (sent * sent)
+
+
+@opaque
+def _coefficients(
+    reduce: str, x: Tensor, y: Tensor, source: Tensor, dim: int, at: Tensor, include_self: bool, by_entry: bool
+) -> tuple[Tensor, Tensor]:
+    """``dy/dx``, and ``dy/dsource`` at the place that each entry of the source goes to."""
 
     def pick(a: Tensor) -> Tensor:
         return a.gather(dim, at) if by_entry else a.index_select(dim, at)
@@ -237,26 +212,31 @@ def reduce_into(op: Operation) -> Formula:
     def add(a: Tensor, b: Tensor) -> Tensor:
         return a.scatter_add(dim, at, b) if by_entry else a.index_add(dim, at, b)
 
-    own: Any = 1
-    sent: Any = 1
-    n: Any = 1
+    def without_x(a: Tensor) -> Tensor:
+        """Where x is not included, nothing is left of it wherever something goes."""
+        if include_self:
+            return a
+        return a.scatter(dim, at, 0) if by_entry else a.index_fill(dim, at, 0)
+
+    if reduce == "prod":  # of several zeros every product of the others is zero, of one only its own is not
+        ones = torch.ones_like(x)
+        own_zero, sent_zero = (x == 0).to(x.dtype), (source == 0).to(x.dtype)
+        own_factor, sent_factor = x + own_zero, source + sent_zero
+        if by_entry:
+            sent_product = ones.scatter_reduce(dim, at, sent_factor, "prod")
+        else:
+            sent_product = ones.index_reduce(dim, at, sent_factor, "prod")
+        sent_zeros = add(torch.zeros_like(x), sent_zero)
+        own = without_x(sent_product * (sent_zeros == 0))
+        product, zeros = sent_product, sent_zeros
+        if include_self:
+            product, zeros = sent_product * own_factor, sent_zeros + own_zero
+        return own, pick(product) / sent_factor * (pick(zeros) == sent_zero)
+    if reduce == "sum":
+        return without_x(torch.ones_like(x)), torch.ones_like(source)
     if reduce == "mean":
-        n = add(torch.full_like(x, float(include)), torch.ones_like(source)).clamp_(min=1)
-    elif reduce != "sum":
-        own = (x == node._saved_result).to(x.dtype)
-        sent = (source == pick(node._saved_result)).to(x.dtype)
-        n = add(own, sent)
-    need_x, need_source = op.needs
-
-    def formula(h: Tensor) -> Diagonals:
-        h_x = h_source = None
-        h = h / (n * n)
-        if need_source:
-            h_source = pick(h) * sent
-        if need_x:
-            h_x = h * own
-            if not include:
-                h_x = h_x.scatter(dim, at, 0) if by_entry else h_x.index_fill(dim, at, 0)
-        return h_x, h_source
-
-    return formula
+        n = add(torch.full_like(x, float(include_self)), torch.ones_like(source)).clamp_(min=1)
+        return without_x(1 / n), 1 / pick(n)
+    own, sent = (x == y).to(x.dtype), (source == pick(y)).to(x.dtype)
+    n = add(own, sent)  # as in torch, x takes a share that is lost where it is not included
+    return without_x(own / n), sent / pick(n)

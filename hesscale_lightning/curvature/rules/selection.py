@@ -6,73 +6,63 @@ the coefficient 1/n, and its square counts.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, register_rule
-from hesscale_lightning.curvature.rules.shape import dim_of, signed
+from hesscale_lightning.curvature.operation import Operation
+from hesscale_lightning.curvature.registry import register_rule
+from hesscale_lightning.curvature.values import Value
+
+_aten = torch.ops.aten
+_value_selecting_reduction_backward = _aten.value_selecting_reduction_backward.default
+_cummaxmin_backward = _aten.cummaxmin_backward.default
 
 
 @register_rule(
     "KthvalueBackward0", "MaxBackward0", "MedianBackward1", "MinBackward0", "ModeBackward0", "NanmedianBackward1",
     "SortBackward0", "SortBackward1", "TopkBackward0",
 )  # fmt: skip
-def pick_along_dim(op: Operation) -> Formula:
+def pick_along_dim(op: Operation, h: Value) -> Value:
     """One entry for each output, whose index was saved; ties are broken."""
-    node = op.node
-    dim, at, shape = dim_of(op), node._saved_indices, node._saved_self_sym_sizes
-    if len(shape) > at.ndim:
-        at = at.unsqueeze(dim)
-        return lambda h: (h.new_zeros(shape).scatter_(dim, at, h.unsqueeze(dim)),)
-    return lambda h: (h.new_zeros(shape).scatter_(dim, at, h),)
+    shape = op.number("self_sym_sizes")
+    kept = len(shape) == len(op.output_shape())
+    return _value_selecting_reduction_backward(h, op.number("dim"), op.tensor("indices"), shape, kept)
 
 
 @register_rule("CummaxBackward0", "CumminBackward0")
-def running_extremum(op: Operation) -> Formula:
+def running_extremum(op: Operation, h: Value) -> Value:
     """An entry that is the extremum of several outputs sums them."""
-    dim, at = dim_of(op), op.node._saved_indices
-    return lambda h: (torch.zeros_like(h).scatter_add_(dim, at, h),)
+    return _cummaxmin_backward(h, h, op.tensor("indices"), op.number("dim"))
 
 
 @register_rule("MaxBackward1", "MedianBackward0", "MinBackward1", "NanmedianBackward0")
-def pick_of_all(op: Operation) -> Formula:
+def pick_of_all(op: Operation, h: Value) -> Value:
     """The n tied entries have the coefficient 1/n."""
-    tied = op.node._saved_self == op.node._saved_result
-    return lambda h: (tied * (h / tied.sum().square()),)
+    return _shared_by_tied(op, h, op.output("result"), ())
 
 
 @register_rule("AmaxBackward0", "AminBackward0")
-def extremum(op: Operation) -> Formula:
+def extremum(op: Operation, h: Value) -> Value:
     """As :func:`pick_of_all`, along several dimensions."""
-    node = op.node
-    x, result, keepdim = node._saved_self, node._saved_result, node._saved_keepdim
-    dims = [signed(dim) for dim in node._saved_dim] or list(range(x.ndim))
-    part = _extremum(x, result, dims, keepdim)
-    return lambda h: (part(h),)
+    return _shared_by_tied(op, h, op.output("result"), _with_ones(op.input_shape(0), op.number("dim")))
 
 
 @register_rule("AminmaxBackward0", multi_output=True)
-def aminmax(op: Operation) -> Formula:
+def aminmax(op: Operation, h: Sequence[Value]) -> Value:
     """Both of :func:`extremum`."""
-    node = op.node
-    x, keepdim = node._saved_self, node._saved_keepdim
-    dims = list(range(x.ndim)) if node._saved_dim is None else [signed(node._saved_dim)]
-    lower, upper = (_extremum(x, result, dims, keepdim) for result in (node._saved_min, node._saved_max))
-
-    def formula(h: tuple[Tensor | None, Tensor | None]) -> Diagonals:
-        h_min, h_max = h
-        if h_min is None:
-            return (upper(h_max),)
-        return (lower(h_min) if h_max is None else lower(h_min) + upper(h_max),)
-
-    return formula
+    dim = op.number("dim")
+    shape = _with_ones(op.input_shape(0), () if dim is None else (dim,))
+    return _shared_by_tied(op, h[0], op.tensor("min"), shape) + _shared_by_tied(op, h[1], op.tensor("max"), shape)
 
 
-def _extremum(x: Tensor, result: Tensor, dims: list[int], keepdim: bool) -> Any:
-    shape = list(x.shape)
-    for dim in dims:
-        shape[dim] = 1
-    tied = x == result.view(shape)
-    return lambda h: tied * (h.reshape(shape) / tied.sum(dims, keepdim=True).square())
+def _with_ones(shape: Sequence[int], dims: Sequence[int]) -> tuple[int, ...]:
+    """``shape`` with ones for ``dims``, which may count from the end; no dims are all."""
+    return tuple([1 if not dims or d in dims or d - len(shape) in dims else n for d, n in enumerate(shape)])
+
+
+def _shared_by_tied(op: Operation, h: Value, y: Value, shape: tuple[int, ...]) -> Value:
+    """``h / n^2`` for the n entries that equal their extremum y; y and h are spread from ``shape``."""
+    tied = (op.input(0, "self") == y.reshape(shape)).to(op.input_dtype(0))
+    n = tied.sum_to_size(shape)
+    return tied * (h.reshape(shape) / (n * n))

@@ -7,26 +7,27 @@ it works after backward has passed if the node saved sizes only and no tensor.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hesscale_lightning.curvature.precision import HALF
-from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, register_rule
+from hesscale_lightning.curvature.elementwise import fitted
+from hesscale_lightning.curvature.operation import Operation, carried, signed  # noqa: F401 (TRANSITION: re-exported)
+from hesscale_lightning.curvature.registry import Formula, register_rule
+from hesscale_lightning.curvature.values import ZERO, Value
 
 _aten = torch.ops.aten
 _pack_padded_sequence_backward = _aten._pack_padded_sequence_backward.default
 _pad_backward = {
-    "ReflectionPad1DBackward0": _aten.reflection_pad1d_backward.default,
-    "ReflectionPad2DBackward0": _aten.reflection_pad2d_backward.default,
-    "ReflectionPad3DBackward0": _aten.reflection_pad3d_backward.default,
-    "ReplicationPad1DBackward0": _aten.replication_pad1d_backward.default,
-    "ReplicationPad2DBackward0": _aten.replication_pad2d_backward.default,
-    "ReplicationPad3DBackward0": _aten.replication_pad3d_backward.default,
+    f"{kind}Pad{n}DBackward0": getattr(_aten, f"{kind.lower()}_pad{n}d_backward").default
+    for kind in ("Reflection", "Replication")
+    for n in (1, 2, 3)
 }
 
 
+# TRANSITION: the old form, until the family of pooling has moved.
 def by_node(op: Operation) -> Formula:
     """``J^T h`` by the autograd node, which must not have saved a tensor."""
     node = op.node
@@ -46,29 +47,9 @@ def with_stand_in(backward: Any, x: Tensor, *settings: Any) -> Formula:
     return lambda h: (backward(h, h.new_empty_strided(shape, strides), *settings),)
 
 
-def carried(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which curvature of a tensor of ``dtype`` is carried."""
-    return torch.float32 if dtype in HALF else dtype
-
-
-def signed(number: int) -> int:
-    """A number as it was saved: nodes show negative ones as 64 bits without sign."""
-    return number - 2**64 if number >= 2**63 else number
-
-
-def dim_of(op: Operation) -> int:
-    """The dimension that the operation works along."""
-    return signed(op.node._saved_dim)
-
-
-def as_inputs(op: Operation, formula: Formula) -> Formula:
-    """``formula``, with each curvature in the dtype of its input where the operation promoted float32 to float64."""
-    if op.node._input_metadata[0].dtype is not torch.float64:
-        return formula
-    dtypes = [carried(op.input_meta(i)[0]) if needed else torch.float64 for i, needed in enumerate(op.needs)]
-    if all(dtype is torch.float64 for dtype in dtypes):
-        return formula
-    return lambda h: [r if r is None else r.to(dtype) for r, dtype in zip(formula(h), dtypes, strict=True)]
+def transposed(op: Operation, h: Value) -> Value:
+    """``J^T h`` by the autograd node."""
+    return op.backward(h)
 
 
 register_rule(
@@ -85,24 +66,23 @@ register_rule(
     "UnfoldBackward0", "UnfoldBackward0_copy", "UnfoldBackwardBackward0", "UnsafeViewBackward0", "UnsqueezeBackward0",
     "UnsqueezeBackward0_copy", "UnsqueezeBackward1", "ViewBackward0", "ViewBackward0_copy",
     view=True,
-)(by_node)  # fmt: skip
+)(transposed)  # fmt: skip
 
-register_rule("TraceBackward0")(by_node)  # a sum, of the entries on the diagonal
+register_rule("TraceBackward0")(transposed)  # a sum, of the entries on the diagonal
 
 
 @register_rule(*_pad_backward, view=True)
-def pad(op: Operation) -> Formula:
+def pad(op: Operation, h: Value) -> Value:
     """Reflection and replication; a border entry is the copy of one input entry."""
-    padding = [signed(size) for size in op.node._saved_padding]  # negative where it crops
-    return with_stand_in(_pad_backward[op.node.name()], op.node._saved_self, padding)
+    # Of x only the shape and the memory format count. Sizes are negative where the padding crops.
+    return _pad_backward[op.name](h, op.input(0, "self"), op.number("padding"))
 
 
 @register_rule("PackPaddedSequenceBackward0", view=True)
-def pack_padded_sequence(op: Operation) -> Formula:
+def pack_padded_sequence(op: Operation, h: Value) -> Value:
     """The node has saved a tensor, the number of sequences at each step."""
-    shape, lengths = op.node._saved_input_sym_sizes, op.node._saved_result1
-    batch_first = op.node._saved_batch_first
-    return lambda h: (_pack_padded_sequence_backward(h, shape, lengths, batch_first),)
+    shape, lengths = op.number("input_sym_sizes"), op.tensor("result1")
+    return _pack_padded_sequence_backward(h, shape, lengths, op.number("batch_first"))
 
 
 # -- one tensor into several, several into one -----------------------------------------------------------------------
@@ -113,19 +93,20 @@ def pack_padded_sequence(op: Operation) -> Formula:
     "UnbindBackward0", "UnbindBackward0_copy", "UnsafeSplitBackward0", "UnsafeSplitWithSizesBackward0",
     multi_output=True, view=True,
 )  # fmt: skip
-def split(op: Operation) -> Formula:
-    """A part from which no curvature arrived is None, which the node takes for zeros."""
-    node = op.node
-    return lambda h: (node(*h),)
+def split(op: Operation, h: Sequence[Value]) -> Value:
+    """A part from which no curvature arrived is ``ZERO``, which the node takes for zeros."""
+    return op.backward(*h)
 
 
 @register_rule(
     "AsStridedScatterBackward0", "BlockDiagBackward0", "CatBackward0", "DiagonalScatterBackward0",
     "SelectScatterBackward0", "SliceScatterBackward0", "StackBackward0",
 )  # fmt: skip
-def join(op: Operation) -> Formula:
-    """Each input takes its part of h."""
-    return as_inputs(op, by_node(op))
+def join(op: Operation, h: Value) -> Sequence[Value]:
+    """Each input takes its part of h, in its own dtype and shape (block_diag makes matrices of vectors)."""
+    parts = op.backward(h)
+    parts = parts if len(op.needs) > 1 else [parts]
+    return [fitted(op, i, part) if op.need(i) else None for i, part in enumerate(parts)]
 
 
 # -- copies and casts ------------------------------------------------------------------------------------------------
@@ -136,60 +117,50 @@ def join(op: Operation) -> Formula:
     "LiftFreshBackward0", "LiftFreshBackward0_copy",
     view=True,
 )  # fmt: skip
-def identity(op: Operation) -> Formula:
+def identity(op: Operation, h: Value) -> Value:
     """``y = x``."""
-    return lambda h: (h,)
+    return h
 
 
-@register_rule("ToCopyBackward0", view=True)
-def to_copy(op: Operation) -> Formula:
-    """``h``, in the dtype and on the device of the input, but never in half precision, as the node would have it."""
-    dtype, device = op.input_meta(0)
-    dtype = carried(dtype)
+def _real(op: Operation) -> None:
+    dtype, _ = op.input_meta(0)
     if not dtype.is_floating_point:
         raise op.unsupported(f"a cast of a {dtype} tensor carries no real curvature")
-    return lambda h: (h.to(device, dtype),)
+
+
+@register_rule("ToCopyBackward0", view=True, check=_real)
+def to_copy(op: Operation, h: Value) -> Value:
+    """``h``, in the dtype and on the device of the input, but never in half precision, as the node would have it."""
+    _, device = op.input_meta(0)
+    return h.to(device, op.input_dtype(0))
 
 
 @register_rule("torch::autograd::CopyBackwards", view=True)
-def copy(op: Operation) -> Formula:
+def copy(op: Operation, h: Value) -> Sequence[Value]:
     """``y.copy_(x)``: nothing is left of y, and x may have been broadcast."""
-    if not op.needs[1]:
-        return lambda h: (None, None)
-    dtype, device = op.input_meta(1)
-    dtype, shape = carried(dtype), op.input_shape(1)
-    return lambda h: (None, h.to(device, dtype).sum_to_size(shape))
+    if not op.need(1):
+        return ZERO, ZERO
+    _, device = op.input_meta(1)
+    return ZERO, h.to(device, op.input_dtype(1)).sum_to_size(op.input_shape(1))
 
 
 @register_rule("FillBackward0", "FillBackward2", "ZeroBackward0")
-def fill(op: Operation) -> Formula:
+def fill(op: Operation, h: Value) -> Value:
     """Nothing is left of x."""
-    return lambda h: (None,)
+    return ZERO
 
 
 @register_rule("FillBackward1", "FillBackward3")
-def fill_with_tensor(op: Operation) -> Formula:
+def fill_with_tensor(op: Operation, h: Value) -> Sequence[Value]:
     """Nothing is left of x, and every output is the value."""
-    return lambda h: (None, h.sum())
+    return ZERO, op.need(1) and fitted(op, 1, h.sum())
 
 
-@register_rule("MaskedFillBackward0", view=True)
-def masked_fill(op: Operation) -> Formula:
-    """``y = x`` where the mask is False, else a number; x may have been broadcast."""
-    mask, shape = op.node._saved_mask, op.input_shape(0)
-    return lambda h: (h.masked_fill(mask, 0).sum_to_size(shape),)
-
-
-@register_rule("MaskedFillBackward1", view=True)
-def masked_fill_with_tensor(op: Operation) -> Formula:
-    """``y = x`` where the mask is False, else a tensor with one element; x may have been broadcast."""
-    mask, (need_x, need_value) = op.node._saved_mask, op.needs
-    shape = op.input_shape(0) if need_x else torch.Size()
-
-    def formula(h: Tensor) -> Diagonals:
-        return (
-            h.masked_fill(mask, 0).sum_to_size(shape) if need_x else None,
-            torch.where(mask, h, 0).sum() if need_value else None,
-        )
-
-    return formula
+@register_rule("MaskedFillBackward0", "MaskedFillBackward1", view=True)
+def masked_fill(op: Operation, h: Value) -> Sequence[Value]:
+    """``y = x`` where the mask is False, else a number, or a tensor with one element; x may have been broadcast."""
+    mask = op.tensor("mask")
+    h_x = op.need(0) and h.masked_fill(mask, 0).sum_to_size(op.input_shape(0))
+    if op.name == "MaskedFillBackward0":
+        return (h_x,)
+    return h_x, op.need(1) and fitted(op, 1, torch.where(mask, h, 0).sum())
