@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-rl examples paper test format lint type check bench clean
+.PHONY: help install demo demo-rl examples paper test test-cuda format lint type check bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -38,6 +38,9 @@ paper: $(STAMP)  ## reproduce docs/approximation.md (QUICK=1: in minutes, into o
 
 test: $(STAMP)  ## the whole test suite, doctests included
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-cuda: $(STAMP)  ## the tests that need a GPU, on one
+	$(BIN)/python -m pytest -m cuda $(PYTEST_ARGS)
 
 format: $(STAMP)  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix-only --quiet .

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from hesscale_lightning.curvature import rows
 from hesscale_lightning.curvature.graph import Edge, Node, Trace
@@ -47,6 +47,7 @@ class Member(NamedTuple):
     needs: list[bool]
     wiring: list[int | None]
     flat: bool
+    row: rows.RowOperation | None = None
 
 
 class Composite(NamedTuple):
@@ -58,7 +59,6 @@ class Composite(NamedTuple):
         private: Positions of the members that need not be carried on their own as well.
         shared: Places of the members that do.
         flat_sources: For each source, whether it has no entries along the last dimension.
-        programs: The algebra of its derivatives, written down for each kind of factors that was met.
     """
 
     members: list[Member]
@@ -66,7 +66,6 @@ class Composite(NamedTuple):
     private: set[int]
     shared: list[int]
     flat_sources: list[bool]
-    programs: dict[Any, Callable[..., list[Any]]]
 
     @property
     def rowwise(self) -> bool:
@@ -83,6 +82,7 @@ class Joiner:
         inside: Whether each node lies inside the network: Gauss-Newton keeps or drops a composite's second derivative
             as a whole.
         outside: Nodes that must be carried on their own, because their outputs are wanted.
+        operation: The operation at a position.
     """
 
     def __init__(
@@ -91,12 +91,14 @@ class Joiner:
         rules: Sequence[Rule | None],
         inside: Sequence[bool],
         outside: set[Node],
+        operation: Callable[[int], Operation],
     ) -> None:
         self._found = found
         self._rules = rules
         self._inside = inside
         self._outside = outside
-        self.declined: set[int] = set()  # operations that are not along the last dimension, but could have been
+        self._operation = operation
+        self._rows: dict[int, rows.RowOperation | None] = {}
         self._consumers: list[list[int]] = []
         self._below = [
             [index for child, _, _ in found.edges[node] if (index := found.index[child]) >= 0] for node in found.nodes
@@ -145,19 +147,11 @@ class Joiner:
         return self._row(position) is not None
 
     def _row(self, position: int) -> rows.RowOperation | None:
-        rule = self._rules[position]
-        row_rule = None if rule is None else rows.find_row_rule(rule.name)
-        if row_rule is None or rule is None:
-            return None
-        row = row_rule(self._operation(position))
-        if row is None:
-            self.declined.add(position)
-        return row
-
-    def _operation(self, position: int) -> Operation:
-        node = self._found.nodes[position]
-        needs = [self._found.index[child] >= 0 for child, _, _ in self._found.edges[node]]
-        return Operation(node, node.next_functions, needs, [False] * len(needs), "hesscale", False)
+        if position not in self._rows:
+            rule = self._rules[position]
+            row_rule = None if rule is None else rows.find_row_rule(rule.name)
+            self._rows[position] = None if row_rule is None else row_rule(self._operation(position))
+        return self._rows[position]
 
     def _mixes(self, position: int) -> bool:
         row = self._row(position)
@@ -327,7 +321,7 @@ class Joiner:
                         return None  # ``x * x.sum(-1)``: one tensor with and without its rows
                     flat_sources[~entry] = takes_flat
             flat = takes_flat if row is None or row.flat is None else row.flat
-            described.append(Member(position, rule.partials, [e is not None for e in wiring], wiring, flat))
+            described.append(Member(position, rule.partials, [e is not None for e in wiring], wiring, flat, row))
             if row is not None:
                 rowwise = True
                 widths |= rows.lengths(operation.input_shape(0), takes_flat)
@@ -339,11 +333,4 @@ class Joiner:
             if all(user in private for user in self._consumers[position]):
                 private.add(position)
         shared = [place[position] for position in taken if position not in private]
-        return Composite(described, list(sources), private, shared, [bool(flat) for flat in flat_sources], {})
-
-
-def works_along_rows(node: Node, following: Any) -> bool:
-    """Whether an operation has a row rule, and this use of it is along the last dimension."""
-    rule = rows.find_row_rule(node.name())
-    needs = [True] * len(following)
-    return rule is not None and rule(Operation(node, following, needs, needs, "hesscale", False)) is not None
+        return Composite(described, list(sources), private, shared, [bool(flat) for flat in flat_sources])

@@ -16,12 +16,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hesscale_lightning.curvature.complex_numbers import complex_output
 from hesscale_lightning.curvature.composite import Joiner
-from hesscale_lightning.curvature.engine import Method, cells_of, root_of, wanted_tensors
+from hesscale_lightning.curvature.engine import Method, root_of, wanted_tensors
 from hesscale_lightning.curvature.graph import AccumulateGrad, Node, Trace, trace
-from hesscale_lightning.curvature.plan import Output, make_plan
-from hesscale_lightning.curvature.rank_one import recipe_for
-from hesscale_lightning.curvature.registry import Operation, Rule, UnsupportedOperationError, find_rule, no_rule
+from hesscale_lightning.curvature.plan import Output
+from hesscale_lightning.curvature.planning import make_plan
+from hesscale_lightning.curvature.registry import Operation, UnsupportedOperationError, find_rule, no_rule
 
 Status = Literal["exact", "approximate", "unsupported"]
 
@@ -193,16 +194,14 @@ def supported_params(loss: Tensor, params: Iterable[Tensor]) -> tuple[list[Tenso
 
 
 def _refinement(root: Node, found: Trace, inner: dict[Output, Tensor]) -> tuple[Refined, ...]:
-    plan = make_plan(root, found, list(inner), "hesscale_rank1")
-    following = [node.next_functions for node in found.nodes]
-    recipe = recipe_for(plan, found.nodes, following, cells_of(plan, found.nodes, inner))
-    return tuple(Refined(plan.steps[note.step].rule.name, note.what, note.why) for note in recipe.notes)
+    plan = make_plan(root, found, list(inner), "hesscale_rank1", lambda k, *_: _operation(found.nodes[k], found))
+    return tuple(Refined(name, note.what, note.why) for name, note in plan.notes)
 
 
-def _operation(node: Node, found: Trace, rule: Rule) -> Operation:
+def _operation(node: Node, found: Trace) -> Operation:
     needs = [found.index[child] >= 0 for child, _, _ in found.edges[node]]
     flips = [flip for _, _, flip in found.edges[node]]
-    return Operation(node, node.next_functions, needs, flips, "hesscale", rule.curved)
+    return Operation(node, node.next_functions, needs, flips, "hesscale")
 
 
 def _refusal(root: Node, node: Node, found: Trace) -> str | None:
@@ -210,8 +209,11 @@ def _refusal(root: Node, node: Node, found: Trace) -> str | None:
     rule = find_rule(node)
     if rule is None:
         return str(no_rule(root, node)).split("What to do: ")[1]
+    complex_numbers = complex_output(node)
+    if complex_numbers is not None:
+        return complex_numbers
     try:
-        rule.build(_operation(node, found, rule))
+        rule.attach(_operation(node, found))
     except UnsupportedOperationError as error:
         return str(error)
     return None
@@ -220,8 +222,10 @@ def _refusal(root: Node, node: Node, found: Trace) -> str | None:
 def _entries(root: Node, found: Trace, outside: set[Node]) -> list[Entry]:
     nodes, index, edges = found.nodes, found.index, found.edges
     rules = [None if type(node) is AccumulateGrad else find_rule(node) for node in nodes]
-    joiner = Joiner(found, rules, [False] * len(nodes), outside)
-    below = _reachable(found)
+    operations = [_operation(node, found) for node in nodes]
+    joiner = Joiner(found, rules, [False] * len(nodes), outside, operations.__getitem__)
+    places, below = _reachable(found)
+    others = {child for inputs in edges.values() for child, output, _ in inputs if output}  # used beyond the first
     curved = [False] * len(nodes)  # whether curvature other than zero can arrive at a node
     absorbed: set[int] = set()
     entries: list[Entry] = []
@@ -230,6 +234,8 @@ def _entries(root: Node, found: Trace, outside: set[Node]) -> list[Entry]:
             continue
         inputs = [edge for edge in edges[node] if index[edge[0]] >= 0]
         refusal = _refusal(root, node, found)
+        if refusal is None and rule is not None and node in others and not rule.multi_output:
+            refusal = "its rule covers the first output only, and another output is used here"
         composite = None
         if rule is not None and refusal is None and position not in absorbed and rule.partials and len(inputs) > 1:
             composite = joiner.ending_in(position)
@@ -238,12 +244,11 @@ def _entries(root: Node, found: Trace, outside: set[Node]) -> list[Entry]:
                 inputs = composite.sources
         makes_curvature = mixes = True
         if rule is not None and refusal is None:
-            operation = _operation(node, found, rule)
-            rule.build(operation)
-            makes_curvature = operation.curved or composite is not None
+            operation = operations[position]
+            makes_curvature = rule.makes_curvature(operation) or composite is not None
             mixes = rule.bilinear or makes_curvature
             if rule.partials is not None and composite is None:
-                mixes = any(i != j for i, j in rule.partials(operation)(True)[1])
+                mixes = any(i != j for i, j in rule.partials(operation)[1])
         arrives = curved[position]
         for child, _, _ in inputs:
             curved[index[child]] = curved[index[child]] or arrives or makes_curvature
@@ -252,7 +257,8 @@ def _entries(root: Node, found: Trace, outside: set[Node]) -> list[Entry]:
         if refusal is not None:
             entries.append(Entry(node.name(), "unsupported", refusal))
             continue
-        meeting = _meeting(found, [index[child] for child, _, _ in inputs], below) if mixes or arrives else None
+        where = [index[child] for child, _, _ in inputs if index[child] >= 0]
+        meeting = _meeting(where, places, below) if mixes or arrives else None
         if meeting is not None:
             entries.append(
                 Entry(
@@ -271,17 +277,30 @@ def _entries(root: Node, found: Trace, outside: set[Node]) -> list[Entry]:
     return entries
 
 
-def _reachable(found: Trace) -> list[int]:
-    """For each node a bit set of itself and all that it leads to."""
-    below = [1 << position for position in range(len(found.nodes))]
+def _reachable(found: Trace) -> tuple[list[int], list[int]]:
+    """Where paths can meet, and for each node a bit set of which of these places it is or leads to.
+
+    Paths that meet come to their first common node by two edges, so that others need no bit: with a bit for every node
+    the sets of a deep graph would be gigabytes.
+    """
+    arriving = [0] * len(found.nodes)
+    inputs = [
+        [found.index[child] for child, _, _ in found.edges[node] if found.index[child] >= 0] for node in found.nodes
+    ]
+    for positions in inputs:
+        for position in positions:
+            arriving[position] += 1
+    places = [position for position, edges in enumerate(arriving) if edges > 1]
+    below = [0] * len(found.nodes)
+    for bit, position in enumerate(places):
+        below[position] = 1 << bit
     for position in reversed(range(len(found.nodes))):
-        for child, _, _ in found.edges[found.nodes[position]]:
-            if found.index[child] >= 0:
-                below[position] |= below[found.index[child]]
-    return below
+        for child in inputs[position]:
+            below[position] |= below[child]
+    return places, below
 
 
-def _meeting(found: Trace, inputs: list[int], below: list[int]) -> int | None:
+def _meeting(inputs: list[int], places: list[int], below: list[int]) -> int | None:
     """The first node that two inputs have in common."""
     seen = common = 0
     for position in inputs:
@@ -289,7 +308,7 @@ def _meeting(found: Trace, inputs: list[int], below: list[int]) -> int | None:
         seen |= below[position]
     if not common:
         return None
-    return (common & -common).bit_length() - 1
+    return places[(common & -common).bit_length() - 1]
 
 
 def _describe(node: Node) -> str:

@@ -1,39 +1,43 @@
 """Curvature that rides on the ordinary backward pass.
 
-:func:`attach` walks the graph of a loss once, lets every operation's rule take what it needs, and hooks the few nodes
-whose gradient a rule needs. ``loss.backward()`` then delivers these gradients; the curvature is swept down the graph
-every few of them, which frees what the rules held, and when backward ends the diagonals are written to ``p.hess_diag``.
-Nothing is recomputed and no second graph is built.
+:func:`attach` reads the graph of a loss and plans how curvature is carried down it (:mod:`.plan`); hooks on the graph's
+nodes deliver the gradients. A structure of graphs that is met for the first time has its rules run
+(:mod:`.interpreted`). The second time what they do is taken down and becomes a program, which all later graphs of the
+structure run (:mod:`.compiled`): they are recognised by code written for it (:mod:`.structure`), and not planned again.
+The diagonals are written to ``p.hess_diag`` when backward ends. Nothing is recomputed, no second graph is built.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError, GraphExecGroup
 
-from hesscale_lightning.curvature.attachment import AWAITED, PLAIN, Attachment, on_gate, on_sweep
-from hesscale_lightning.curvature.composite import Composite, works_along_rows
-from hesscale_lightning.curvature.composite_formula import composite_formula
-from hesscale_lightning.curvature.graph import Node, trace
-from hesscale_lightning.curvature.plan import Output, Plan, PlanCache, make_plan, refuse_hidden_parameters, weight_of
-from hesscale_lightning.curvature.rank_one import Recipe, recipe_for
-from hesscale_lightning.curvature.rank_one.steps import Parts
-from hesscale_lightning.curvature.registry import Formula, Operation
+from hesscale_lightning.curvature.attachment import Attachment, together
+from hesscale_lightning.curvature.compiled import CompiledPass
+from hesscale_lightning.curvature.graph import Node, Trace, trace
+from hesscale_lightning.curvature.interpreted import InterpretedPass
+from hesscale_lightning.curvature.operation import Operation
+from hesscale_lightning.curvature.plan import Output, Plan
+from hesscale_lightning.curvature.planning import (
+    cells_of_goals,
+    make_plan,
+    refuse_freed_graph,
+    refuse_hidden_parameters,
+)
+from hesscale_lightning.curvature.program import Program, compile_program
+from hesscale_lightning.curvature.recorded_operation import RecordedOperation, Recording
+from hesscale_lightning.curvature.registry import find_rule
+from hesscale_lightning.curvature.structure import MOST_NODES, Met, Structure, StructureCache, fingerprint, slots_of
 
 Method = Literal["hesscale", "hesscale_gn", "bl89", "hesscale_rank1"]
 METHODS: tuple[str, ...] = get_args(Method)
 
 _OWNER = "_hesscale_attachment"  # the attribute in which a loss keeps its attachment alive
-# Gradients between sweeps: one long sweep is faster than many short ones, but holds what it has not passed.
-_SWEEP_EVERY = 4
-_plans = PlanCache()
-_current_group, _set_group = torch._C._get_graph_exec_group, torch._C._set_graph_exec_group
+_structures = StructureCache()
 
 
 def attach(loss: Tensor, params: Iterable[Tensor] | None = None, *, method: Method = "hesscale") -> Attachment:
@@ -81,28 +85,13 @@ def attach(loss: Tensor, params: Iterable[Tensor] | None = None, *, method: Meth
     Reinforcement Learning", ICML 2024, arXiv 2406.03276; Becker and LeCun, 1989.
     """
     root = root_of(loss, method)
-    attachment = Attachment(loss.device.type)
     wanted = _by_id(params)
-    key = (type(root), method, None if wanted is None else len(wanted))
-    hooks = None
     try:
-        for plan, nodes, following in _plans.matching(key, root, wanted):
-            if wanted is not None and len(plan.leaves) != len(wanted) and _inner(wanted):
-                break
-            hooks = _arm(attachment, plan, nodes, following, {}, method)
-            if hooks is not None:
-                break
-        if hooks is None:
-            inner = {} if wanted is None else _inner(wanted)
-            found = trace(root, wanted, inner)
-            refuse_hidden_parameters(root, found)
-            if found.index[root] < 0:
-                return attachment
-            plan = make_plan(root, found, list(inner), method)
-            _plans.add(key, plan)
-            following = [node.next_functions for node in found.nodes]
-            hooks = _arm(attachment, plan, found.nodes, following, inner, method)
-            assert hooks is not None  # the plan was made for this graph
+        attachment: Attachment
+        try:
+            attachment = together(GraphExecGroup(), _armed, loss, root, wanted, method)
+        except CheckpointError:  # a tensor is asked for twice, which a group hands out once: recompute for each
+            attachment = _armed(loss, root, wanted, method)
     except RuntimeError as error:
         if "through the graph a second time" in str(error):
             raise RuntimeError(
@@ -110,8 +99,6 @@ def attach(loss: Tensor, params: Iterable[Tensor] | None = None, *, method: Meth
                 "backward; to go through one graph twice use retain_graph=True"
             ) from None
         raise
-    # Everything that can be refused has been: only now is the graph touched.
-    attachment._handles = [node.register_prehook(hook) for node, hook in hooks]
     setattr(loss, _OWNER, attachment)
     return attachment
 
@@ -135,6 +122,10 @@ def backward(
         >>> w.grad, w.hess_diag
         (tensor([ 3., 12.]), tensor([ 6., 12.]))
     """
+    inputs = backward_kwargs.get("inputs")
+    if inputs is not None:  # those alone receive a gradient
+        chosen = _by_id([inputs] if isinstance(inputs, Tensor) else inputs) or {}
+        params = chosen.values() if params is None else [p for p in params if id(p) in chosen]
     attachment = attach(loss, params, method=method)
     try:
         loss.backward(**backward_kwargs)
@@ -205,120 +196,143 @@ def _inner(wanted: dict[int, Tensor]) -> dict[Output, Tensor]:
     return inner
 
 
-def _arm(
-    attachment: Attachment,
-    plan: Plan,
-    nodes: list[Node],
-    following: list[Any],
-    inner: dict[Output, Tensor],
-    method: str,
-) -> list[tuple[Node, Callable[..., None]]] | None:
-    """Lets the rules take what they need from this graph's nodes, and returns which nodes to hook with what.
+def _armed(loss: Tensor, root: Node, wanted: dict[int, Tensor] | None, method: str) -> Attachment:
+    """The armed pass. Everything that can be refused is before the graph is touched."""
+    key = (type(root), method, None if wanted is None else len(wanted))
+    recognised = _structures.recognised(key, root, wanted)
+    if recognised is not None and not _fits(recognised[0], wanted):
+        recognised = None
+    if recognised is not None:
+        compiled = _compiled(loss, root, wanted, method, *recognised)
+        if compiled is not None:
+            return compiled
+    inner = {} if wanted is None else _inner(wanted)
+    found = trace(root, wanted, inner)
+    refuse_hidden_parameters(root, found)
+    refuse_freed_graph(found)
+    device_type = loss.device.type
+    if found.index[root] < 0:
+        return Attachment(device_type)
+    slots, structure, visits, facts = {}, None, 0, {}
+    if not inner and len(found.edges) <= MOST_NODES:
+        slots = slots_of(found)
+        if recognised is None:
+            structure = _structures.known(key, fingerprint(found, slots))
+            met = structure.match(root, wanted) if structure.match is not None else None
+            if met is not None:
+                compiled = _compiled(loss, root, wanted, method, structure, met)
+                if compiled is not None:
+                    return compiled
+        else:
+            structure, met = recognised
+        if met is None:
+            structure.visits += 1
+            visits = structure.visits
+        else:
+            visits = structure.variant(met[2]).visits
+            facts = structure.facts(met[2])
+    writes = structure is not None and (visits >= 2 or _structures.unused < _structures.patience)
+    recording = Recording(found.nodes, found.edges, slots) if writes else None
+    interpreted = _interpreter(device_type, root, found, inner, method, recording)
+    if recording is not None and structure is not None:
+        interpreted.when_recorded(
+            partial(_write, structure, recording, found, slots, wanted is None, interpreted.plan, facts)
+        )
+    interpreted.watched(loss, found.nodes)
+    return interpreted
 
-    None if the plan does not fit after all, because an operation works along another dimension than when it was made.
+
+def _fits(structure: Structure, wanted: dict[int, Tensor] | None) -> bool:
+    """Whether a graph of this structure leads to all wanted tensors, or to all that are leaves."""
+    return wanted is None or len(structure.leaves) == len(wanted) or not _inner(wanted)
+
+
+def _compiled(
+    loss: Tensor, root: Node, wanted: dict[int, Tensor] | None, method: str, structure: Structure, met: Met
+) -> CompiledPass | None:
+    """The armed pass of a graph for which there is a program; None if there is none yet."""
+    nodes, saved, signature = met
+    variant = structure.variant(signature)
+    if variant.program is None:
+        variant.visits += 1
+        return None
+    if not variant.used:
+        variant.used = True
+        _structures.unused -= 1
+    device_type = loss.device.type
+    instead = partial(_interpreted, device_type, root, wanted, method)
+    compiled = CompiledPass(device_type, variant.program, structure, nodes, saved, instead)
+    compiled.watched(loss, nodes)
+    return compiled
+
+
+def _interpreted(device_type: str, root: Node, wanted: dict[int, Tensor] | None, method: str) -> InterpretedPass | None:
+    """A pass that runs rules, not armed."""
+    found = trace(root, wanted)
+    return _interpreter(device_type, root, found, {}, method, None) if found.index[root] >= 0 else None
+
+
+def _interpreter(
+    device_type: str,
+    root: Node,
+    found: Trace,
+    inner: Mapping[Output, Tensor],
+    method: str,
+    recording: Recording | None,
+) -> InterpretedPass:
+    def operation(position: int, needs: list[bool], flips: list[bool]) -> Operation:
+        node = found.nodes[position]
+        if recording is not None:
+            return RecordedOperation(recording, position, node.next_functions, needs, flips, method)
+        return Operation(node, node.next_functions, needs, flips, method)
+
+    condition = (lambda *_: None) if recording is None else recording.condition
+    plan = make_plan(root, found, list(inner), method, operation, condition)
+    sinks = {cell: (output[0], inner[output]) for output, cell in cells_of_goals(plan, found, list(inner)).items()}
+    return InterpretedPass(device_type, plan, found.nodes, sinks, recording)
+
+
+def _write(
+    structure: Structure,
+    recording: Recording,
+    found: Trace,
+    slots: Mapping[Node, int],
+    wants_all: bool,
+    plan: Plan,
+    facts: Mapping[Any, Any],
+    results: Mapping[int, int],
+) -> tuple[Program, list[Any]]:
+    """Writes the program of a pass that was taken down, and the code that recognises graphs like its own.
+
+    Returns:
+        The program, and the names of its inputs.
     """
-    # A checkpointed block recomputes itself once for all rules that ask for its tensors, and not for each.
-    if _current_group() is None:
-        _set_group(GraphExecGroup())
-        try:
-            return _armed(attachment, plan, nodes, following, inner, method)
-        except CheckpointError:
-            pass  # two rules ask for one tensor, which a group hands out once: recompute for each
-        finally:
-            _set_group(None)
-    return _armed(attachment, plan, nodes, following, inner, method)
+    known = {**facts, **recording.facts()}
+    news = structure.learn(recording.conditions, recording.fetches)
+    signature = structure.signature(known)
+    if signature is None:  # another graph of this structure was asked for what this one has not
+        structure.forget()
+        news = structure.learn(recording.conditions, recording.fetches)
+        signature = structure.signature(known)
+    if news or structure.match is None:
+        structure.write(found, slots, wants_all, _prepares(plan))
+    inputs = list(structure.fetches)
+    program = compile_program(recording.recorder.lines, inputs, results)
+    if signature is not None:
+        structure.variant(signature).program = program
+        _structures.unused += 1
+    return program, inputs
 
 
-def _armed(
-    attachment: Attachment,
-    plan: Plan,
-    nodes: list[Node],
-    following: list[Any],
-    inner: dict[Output, Tensor],
-    method: str,
-) -> list[tuple[Node, Callable[..., None]]] | None:
-    """:func:`_arm`, apart from what it does for checkpointed blocks."""
-    if plan.declined and any(works_along_rows(nodes[position], following[position]) for position in plan.declined):
-        return None
-    if plan.weights and any((weight_of(nodes[position]) == 0) is not zero for position, zero in plan.weights):
-        return None
-    formulas: list[Formula | None] = []
-    gradients: list[Any] = []
-    awaited: list[int] = []
-    recipe: Recipe | None = None
-    if method == "hesscale_rank1":
-        recipe = recipe_for(plan, nodes, following, cells_of(plan, nodes, inner))
-        parts = Parts(recipe.samples, recipe.heads)
-    for k, (cell, rule, composite, needs, flips, turns, _, _, inside) in enumerate(plan.steps):
-        if composite is not None:
-            members = _operations(composite, nodes, following, method)
-            joined = composite_formula(composite, members)
-            if joined is None:
-                return None
-            if recipe is not None and (use := recipe.uses[k]) is not None:
-                joined = parts.of_composite(use, joined, members)
-            formulas.append(joined)
-            curved = True
-            if turns:
-                attachment._turned = {**attachment._turned, k: flips}
-        elif cell == 0 and not rule.curved:  # no curvature arrives at the root, and none is made there
-            formulas.append(None)
-            curved = False
-        else:
-            if turns:
-                flips = flips.copy()
-            operation = Operation(nodes[cell], following[cell], needs, flips, method, rule.curved)
-            if recipe is not None and (use := recipe.uses[k]) is not None:
-                formulas.append(parts.formula(use, operation, rule))
-                curved = True
-            else:
-                formulas.append(rule.build(operation))
-                curved = operation.curved
-            if turns and True in flips:
-                attachment._turned = {**attachment._turned, k: flips}
-        if not curved:
-            gradients.append(PLAIN)
-        elif inside:
-            gradients.append(None)
-        else:
-            gradients.append(AWAITED)
-            awaited.append(k)
-    attachment._steps = plan.steps
-    attachment._formulas = formulas
-    attachment._gradients = gradients
-    attachment._cells = [None] * plan.cells
-    attachment._leaves = [(cell, nodes[cell]) for cell in plan.leaves]
-    attachment._inner = {**attachment._inner, **cells_of(plan, nodes, inner)}
-
-    ref = weakref.ref(attachment)
-    store = gradients.__setitem__
-    sweep_every = _SWEEP_EVERY if recipe is None else 2 * _SWEEP_EVERY  # with a gradient for each linear layer as well
-    hooks: list[tuple[Node, Callable[..., None]]] = []
-    if not awaited or awaited[0] > plan.narrow:
-        hooks.append((nodes[0], partial(on_gate, ref, -1)))
-    for k in awaited:
-        if not hooks:
-            hook: Callable[..., None] = partial(on_gate, ref, k)
-        elif (len(hooks) + 1) % sweep_every:
-            hook = partial(store, k)  # runs without a Python frame
-        else:
-            hook = partial(on_sweep, ref, k)
-        hooks.append((nodes[plan.steps[k].cell], hook))
-    return hooks
+def _prepares(plan: Plan) -> dict[int, Callable[[Node], Any]]:
+    """By position, what rules prepare from a node when it is attached."""
+    prepares: dict[int, Callable[[Node], Any]] = {}
+    for op in (op for step in plan.steps for op in step.operations if isinstance(op, RecordedOperation)):
+        rule = find_rule(op.node)
+        if rule is not None and rule.prepare is not None:
+            prepares[op.position] = partial(_prepared, rule.prepare, op.needs, op.transposed, op.method)
+    return prepares
 
 
-def cells_of(plan: Plan, nodes: list[Node], inner: dict[Output, Tensor]) -> dict[int, tuple[Node, Tensor]]:
-    """The wanted tensors that are no leaves, and their nodes, by cell."""
-    cells = {}
-    for (node, output), tensor in inner.items():
-        if node in nodes:
-            cell = nodes.index(node)
-            cells[cell if output == 0 else plan.beyond[(cell, output)]] = node, tensor
-    return cells
-
-
-def _operations(composite: Composite, nodes: list[Node], following: list[Any], method: str) -> list[Operation]:
-    return [
-        Operation(nodes[m.position], following[m.position], m.needs, [False] * len(m.needs), method, True)
-        for m in composite.members
-    ]
+def _prepared(prepare: Callable[[Operation], Any], needs: Any, flips: Any, method: str, node: Node) -> Any:
+    return prepare(Operation(node, node.next_functions, needs, flips, method))

@@ -5,8 +5,7 @@ curvature is, is the registry's and the rules' business. Only ``next_functions``
 ``variable`` are read here, so that walking a graph unpacks no saved tensor.
 
 Walking is most of the fixed cost of a step on a small network, and a training loop builds the same graph at every
-step. So the first walk, :func:`trace`, leaves a :class:`Route`, and :func:`follow` goes the same way through the next
-step's graph, comparing as it goes, and gives up at the first difference.
+step: see :mod:`.structure` for how the next one is recognised.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from hesscale_lightning.curvature import deep_graphs
 
 Node = Any  # torch.autograd.graph.Node is an abstract base that its own instances do not satisfy for a type checker
 
@@ -55,6 +56,7 @@ def trace(root: Node, leaves: Container[int] | None, inner: Iterable[tuple[Node,
         leaves: ``id`` of every wanted leaf tensor; None wants every leaf that requires grad.
         inner: ``(tensor.grad_fn, tensor.output_nr)`` of every wanted tensor that is not a leaf.
     """
+    deep_graphs.release()
     goals = {node for node, _ in inner}
     finished: list[Node] = []  # each after all that it leads to
     index: dict[Node | None, int] = {None: -1}
@@ -91,90 +93,12 @@ def trace(root: Node, leaves: Container[int] | None, inner: Iterable[tuple[Node,
                 found += 1
             else:
                 index[child] = -1
+    deep_graphs.keep(root, edges)
     last = len(finished) - 1
     for node, position in index.items():
         if position >= 0:
             index[node] = last - position
     return Trace(finished[::-1], index, edges, found)
-
-
-@dataclass(slots=True)
-class Route:
-    """How a trace went, without the nodes: to be followed through other graphs of the same structure.
-
-    Attributes:
-        visits: For each node that has inputs, in the order of the trace: its slot, and for each input the slot and
-            type of the node that it came from, which output, and whether transposed. None for an input without a node.
-        wanted: How many slots hold wanted nodes; these are the positions of ``Trace.nodes``.
-        slots: How many nodes there are.
-    """
-
-    visits: list[tuple[int, list[tuple[int, Any, int, bool] | None]]]
-    wanted: int
-    slots: int
-
-
-def route_of(found: Trace) -> Route | None:
-    """The route of a trace; None if some node's operation cannot be told from its type."""
-    slot: dict[Node, int] = {}
-    free = len(found.nodes)
-    for node in found.edges:
-        if type(node) is not AccumulateGrad and type(node).__name__ != node.name():
-            return None
-        slot[node] = found.index[node]
-        if slot[node] < 0:
-            slot[node] = free
-            free += 1
-    visits = [
-        (
-            slot[node],
-            [None if child is None else (slot[child], type(child), output, flip) for child, output, flip in inputs],
-        )
-        for node, inputs in found.edges.items()
-        if type(node) is not AccumulateGrad
-    ]
-    return Route(visits, len(found.nodes), len(slot))
-
-
-def follow(route: Route, root: Node, leaves: Container[int] | None) -> tuple[list[Node], list[Any]] | None:
-    """The nodes of another graph by slot, and their ``next_functions``; None if its structure is not the route's.
-
-    Args:
-        route: From :func:`route_of`, where the root had slot 0.
-        root: The other graph's root.
-        leaves: As for :func:`trace`.
-    """
-    nodes: list[Node] = [None] * route.slots
-    following: list[Any] = [()] * route.slots
-    nodes[0] = root
-    wanted = route.wanted
-    for slot, expected in route.visits:
-        inputs = following[slot] = nodes[slot].next_functions
-        if len(inputs) != len(expected):
-            return None
-        for (child, output), there in zip(inputs, expected):  # noqa: B905 (checked above)
-            if there is None:
-                if child is not None:
-                    return None
-                continue
-            target, kind, number, flip = there
-            while type(child) is TBackward:
-                child, output = child.next_functions[0]
-                flip = not flip
-            if output != number or flip:
-                return None
-            known = nodes[target]
-            if known is None:
-                if type(child) is not kind:
-                    return None
-                if kind is AccumulateGrad:
-                    variable = child.variable
-                    if (leaves is None or id(variable) in leaves) is not (target < wanted) or variable.is_complex():
-                        return None  # to plan for a complex leaf is an error
-                nodes[target] = child
-            elif known is not child:
-                return None
-    return (nodes, following) if len(set(nodes)) == route.slots else None
 
 
 def path(root: Node, target: Node) -> list[Node]:

@@ -40,20 +40,18 @@ class Operation:
     Attributes:
         name: The node's name.
         needs: For every input, whether it leads to a wanted tensor. A rule may return anything for the others.
+        transposed: For every input, whether it is the transpose of the tensor that receives the curvature.
         method: ``"hesscale"``, ``"hesscale_gn"``, ``"hesscale_rank1"`` or ``"bl89"``.
         prepared: What the rule's ``prepare`` has returned for this use.
     """
 
-    __slots__ = ("_following", "_node", "_saved", "curved", "method", "name", "needs", "node", "prepared", "transposed")
+    __slots__ = ("_following", "_saved", "method", "name", "needs", "node", "prepared", "transposed")
 
-    def __init__(
-        self, node: Node, following: Any, needs: list[bool], transposed: list[bool], method: str, curved: bool
-    ) -> None:
+    def __init__(self, node: Node, following: Any, needs: list[bool], transposed: list[bool], method: str) -> None:
         self.node = node
         self.name: str = node.name()
         self._following = following
-        self._saved: dict[str | int, Any] | None = None
-        self.curved = curved
+        self._saved: dict[str | int, Any] = {}
         self.needs = needs
         self.transposed = transposed
         self.method = method
@@ -63,7 +61,7 @@ class Operation:
 
     def need(self, i: int) -> bool:
         """Whether input ``i`` leads to a wanted tensor."""
-        return self.needs[i]
+        return i < len(self.needs) and self.needs[i]
 
     def tensor(self, name: str | int) -> Value:
         """A saved tensor, floating ones in float32 or better; None where the node has not saved it."""
@@ -92,24 +90,28 @@ class Operation:
         x = self._get(name)
         if not isinstance(x, Tensor):
             return x
-        if x.dim() == 0 and x.device.type == "cpu" and not x.requires_grad:
-            return float(x)
+        number = as_number(x)
+        if number is not None:
+            return number
+        if not x.is_floating_point():  # one over a tensor of integers would be in single precision
+            return x.to(carried(self.output_dtype()))
         return x.float() if x.dtype in HALF else x
 
     def number(self, name: str) -> Any:
         """A saved number, flag, text, or tuple of numbers, on which the formula may branch; negative ones are so."""
         return signed(self._get(name))
 
+    def saves_tensor(self, name: str) -> bool:
+        """Whether what the node has saved under this name is a tensor."""
+        return isinstance(self._get(name), Tensor)
+
     def has(self, name: str) -> bool:
         """Whether nodes of this kind save something of this name."""
-        return hasattr(type(self.node), f"_saved_{name}") or (self._saved is not None and name in self._saved)
+        return hasattr(type(self.node), f"_saved_{name}")
 
     def backward(self, *h: Value) -> Value:
-        """What the autograd node does to a gradient: ``J^T h``. Only for nodes that have saved sizes and no tensor.
-
-        Where there are several inputs, it has an entry for each; of several outputs, some ``h`` may be ``ZERO``.
-        """
-        return self.node(*[None if part is ZERO else part for part in h])
+        """What the autograd node does to a gradient: ``J^T h``. Only for nodes that have saved sizes and no tensor."""
+        return self.node(*[None if x is ZERO else x for x in h])
 
     # -- what is known of inputs and outputs
 
@@ -148,16 +150,23 @@ class Operation:
         """The error to raise when the operation is known but this use of it is not supported."""
         return UnsupportedOperationError(f"{self.name}: {why}")
 
-    # -- keeping what will be gone once backward has passed
-
     def _get(self, name: str | int) -> Any:
-        if self._saved is not None:
-            return self._saved[name]
-        return saved_by(self.node, name)
+        """What the node has saved, read once: a checkpointed block hands out a tensor once."""
+        saved = self._saved
+        if name not in saved:
+            saved[name] = saved_by(self.node, name)
+        return saved[name]
 
-    def keep(self) -> None:
-        """Takes all that the node has saved, which is gone once backward has passed."""
-        self._saved = {name: saved_by(self.node, name) for name in names_saved_by(self.node)}
+    def release(self) -> None:
+        """Lets go of what was read."""
+        self._saved = {}
+
+
+def as_number(x: Tensor | None) -> float | None:
+    """The number that torch has kept as a tensor; None if it is none, or zero, by which Python does not divide."""
+    if x is None or x.dim() or x.device.type != "cpu" or x.requires_grad:
+        return None
+    return float(x) or None
 
 
 def saved_by(node: Node, name: str | int) -> Any:
@@ -166,17 +175,3 @@ def saved_by(node: Node, name: str | int) -> Any:
         return node.saved_tensors[name]
     saved = f"_saved_{name}"
     return getattr(node, saved) if hasattr(type(node), saved) else getattr(node, name)
-
-
-_names: dict[type, list[str]] = {}
-
-
-def names_saved_by(node: Node) -> list[str | int]:
-    """The names under which :func:`saved_by` finds something."""
-    kind = type(node)
-    names = _names.get(kind)
-    if names is None:
-        names = _names[kind] = [n.removeprefix("_saved_") for n in dir(kind) if n.startswith("_saved_")]
-    if isinstance(node, torch.autograd.function.FunctionCtx):
-        return [*vars(node), *range(len(node.saved_tensors))]
-    return list(names)

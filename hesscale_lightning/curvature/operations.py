@@ -33,7 +33,7 @@ def operations_table() -> str:
 
 
 def _describe(rule: Rule) -> tuple[str, str]:
-    source = rule.function or rule.partials or rule.build
+    source = rule.function
     module = source.__module__
     if not module.startswith("hesscale_lightning.curvature.rules."):
         return "", ""

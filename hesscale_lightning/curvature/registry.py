@@ -10,85 +10,58 @@ Built-in rules and users' rules are registered by the same function and treated 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hesscale_lightning.curvature.elementwise import alone, partials_of
+from hesscale_lightning.curvature.elementwise import PartialsRule, alone, partials_of
 from hesscale_lightning.curvature.graph import Node, path
 from hesscale_lightning.curvature.operation import Operation, UnsupportedOperationError
 from hesscale_lightning.curvature.values import ZERO, Value
 
 RuleFunction = Callable[..., Any]
 
-# TRANSITION: the old form, until every family has moved.
-Diagonals = Sequence[Any]
-Formula = Callable[..., Any]
-Partials = tuple[Sequence[Any], Mapping[tuple[int, int], Any]]
-PartialsRule = Callable[[Operation], Any]
-
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """TRANSITION: the old form, that new rules are brought to."""
+    """How curvature passes one kind of operation. See :func:`register_rule` for the fields.
+
+    Attributes:
+        name: The autograd node's name.
+        function: What was registered, for its documentation.
+        carry: From the operation, g and h to the curvature of each input.
+        curved: Whether, or by which inputs, there is a second derivative, or a function that tells of a use whether.
+        partials: For an elementwise operation, its derivatives.
+    """
 
     name: str
-    build: Callable[[Operation], Formula]
-    curved: bool
+    function: RuleFunction
+    carry: Callable[[Operation, Value, Value], Any]
+    curved: bool | Sequence[int] | Callable[[Operation], bool]
     multi_output: bool
     view: bool
     partials: PartialsRule | None
     bilinear: bool
     reduces: bool
     approximate: str
-    function: RuleFunction | None = None
+    check: Callable[[Operation], None] | None
+    prepare: Callable[[Operation], Any] | None
 
+    def attach(self, op: Operation) -> None:
+        """Checks a use of the operation, and prepares it."""
+        if self.check is not None:
+            self.check(op)
+        if self.prepare is not None:
+            op.prepared = self.prepare(op)
 
-def _bridged(carry: Any, curved: Any, multi: bool, check: Any, prepare: Any) -> Callable[[Operation], Formula]:
-    def makes(op: Operation) -> bool:
+    def makes_curvature(self, op: Operation) -> bool:
+        """Whether this use of the operation has a second derivative by an input that is wanted."""
+        curved = self.curved
         if isinstance(curved, bool):
             return curved
         if callable(curved):
-            return bool(curved(op))
+            return curved(op)
         return any(op.needs[i] for i in curved if i < len(op.needs))
-
-    def zeros(x: Any, op: Operation) -> Any:
-        if multi:
-            return (ZERO,) * op.outputs() if x is None else tuple([ZERO if e is None else e for e in x])
-        return ZERO if x is None else x
-
-    def build(op: Operation) -> Formula:
-        if check is not None:
-            check(op)
-        if prepare is not None:
-            op.prepared = prepare(op)
-        op.curved = makes(op)
-        op.keep()
-
-        def formula(g: Any, h: Any) -> Any:
-            results = carry(op, zeros(g, op), zeros(h, op))
-            if not isinstance(results, (tuple, list)):
-                results = (results,)
-            return [None if r is ZERO or r is None or r is False else r for r in results]
-
-        return formula if op.curved else lambda h: formula(None, h)
-
-    build.__module__ = carry.__module__
-    return build
-
-
-def _bridged_partials(derivatives: Any) -> Any:
-    def partials(op: Operation) -> Any:
-        op.keep()
-
-        def of(curved: bool) -> Any:
-            first, second = derivatives(op)
-            return tuple([None if f is ZERO else f for f in first]), second
-
-        return of
-
-    partials.__module__ = derivatives.__module__
-    return partials
 
 
 _rules: dict[str, Rule] = {}
@@ -173,16 +146,6 @@ def register_rule(
 
     def register(function: RuleFunction) -> RuleFunction:
         arguments = len(inspect.signature(function).parameters)
-        legacy = arguments == 1 and not elementwise
-        if legacy:
-            for name in names:
-                _rules[name] = Rule(
-                    name, function, bool(curved), multi_output, view, partials, bilinear, reduces, approximate
-                )
-            _rule_of_type.clear()
-            for listener in _listeners:
-                listener()
-            return function
         derivatives: Any = None
         if elementwise:
             derivatives = partials_of(function)
@@ -200,13 +163,19 @@ def register_rule(
             derivatives = partials_of(partials)
         bends = curved if curved is not None else arguments == 3 or elementwise
         for name in names:
-            build = _bridged(carry, bends, multi_output, check, prepare)
-            build.__module__ = function.__module__
-            bridged = None if derivatives is None else _bridged_partials(derivatives)
-            if bridged is not None:
-                bridged.__module__ = function.__module__
             _rules[name] = Rule(
-                name, build, bends is not False, multi_output, view, bridged, bilinear, reduces, approximate, function
+                name,
+                function,
+                carry,
+                bends,
+                multi_output,
+                view,
+                derivatives,
+                bilinear,
+                reduces,
+                approximate,
+                check,
+                prepare,
             )
         _rule_of_type.clear()
         for listener in _listeners:

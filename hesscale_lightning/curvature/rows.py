@@ -18,8 +18,23 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from hesscale_lightning.curvature.registry import Operation
-from hesscale_lightning.curvature.straight_line import Factor, Symbol, is_number
+from hesscale_lightning.curvature.operation import Operation
+from hesscale_lightning.curvature.values import ZERO, Symbol, Value
+
+#: What the algebra of derivatives works on: tensors, symbols and numbers.
+Factor = Value
+
+
+def is_number(x: Factor) -> bool:
+    """Whether ``x`` is a number and not a tensor."""
+    return x.is_number if isinstance(x, Symbol) else not isinstance(x, Tensor)
+
+
+def last(x: Factor) -> int:
+    """Size of the last dimension; 1 for a number."""
+    if is_number(x) or not x.dim():
+        return 1
+    return int(x.shape[-1]) or 1
 
 
 class Terms(NamedTuple):
@@ -43,17 +58,14 @@ class RowOperation(NamedTuple):
     """How an operation along the last dimension carries derivatives.
 
     Attributes:
-        apply: From its input's derivatives, and its values, to its output's: algebra alone, see :mod:`.straight_line`.
+        apply: From its input's derivatives to its output's.
         flat: Whether the output has lost the last dimension; None: as the input.
         mixes: Whether an output depends on several inputs.
-        values: The tensors and numbers that ``apply`` needs and that may differ between graphs of one structure and row
-            length, computed at every step.
     """
 
     apply: Callable[..., Taylor]
     flat: bool | None
     mixes: bool
-    values: Callable[[], Sequence[Tensor | float]] = tuple
 
 
 #: Returns None for a use that is not along the last dimension.
@@ -80,7 +92,7 @@ def find_row_rule(name: str) -> RowRule | None:
 # Small rows are the rule (an action space), so what counts is the number of operations: numbers are kept as numbers,
 # and products with the same b become one.
 
-ZERO = Terms(None, ())
+NOTHING = Terms(None, ())
 
 
 def _product(a: Factor, b: Factor) -> Factor:
@@ -99,7 +111,7 @@ def _merged(products: Iterable[tuple[Factor, Factor]]) -> tuple[tuple[Factor, Fa
     for b, c in products:
         if is_number(b):
             b, c = 1.0, _product(b, c)
-        key = id(b) if isinstance(b, Symbol) else 0
+        key = 0 if isinstance(b, float) else id(b)
         merged[key] = (b, merged[key][1] + c) if key in merged else (b, c)
     return tuple(merged.values())
 
@@ -148,12 +160,12 @@ def summed(terms: Terms, width: int, weights: Factor = 1.0) -> Terms:
     total: Factor | None = None if terms.diagonal is None else _product(terms.diagonal, weights)
     for b, c in terms.products:
         total = _sum(total, _product(_row_sum(_product(b, weights), width), c))
-    return ZERO if total is None else Terms(None, ((1.0, total),))
+    return NOTHING if total is None else Terms(None, ((1.0, total),))
 
 
 def _row_sum(x: Factor, width: int) -> Factor:
-    if isinstance(x, Symbol) and not x.number and x.last == width > 1:
-        return x.row_sum()
+    if not is_number(x) and last(x) == width > 1:
+        return x.sum(-1, keepdim=True)
     return x * float(width)
 
 
@@ -191,28 +203,23 @@ def through_softmax(u: Taylor, p: Factor, width: int) -> Taylor:
 
 def source(whole_row: bool) -> Taylor:
     """The derivatives of a source by itself, which has a row of its own or one entry for all of it."""
-    return Taylor(Terms(1.0, ()) if whole_row else Terms(None, ((1.0, 1.0),)), ZERO)
+    return Taylor(Terms(1.0, ()) if whole_row else Terms(None, ((1.0, 1.0),)), NOTHING)
 
 
-def curvature(taylor: Taylor, g: Symbol | None, h: Symbol | None) -> Factor:
+def curvature(taylor: Taylor, g: Value, h: Value) -> Value:
     """``sum_j h_j (dv_j/dx_k)^2 + g_j d2v_j/dx_k^2``."""
-    total: Factor = 0.0
-    if h is not None:
-        total = pulled(times(taylor.first, taylor.first), h)
-    if g is not None:
-        total = pulled(taylor.second, g) if h is None else total + pulled(taylor.second, g)
-    return total
+    passed = ZERO if h is ZERO else pulled(times(taylor.first, taylor.first), h)
+    return passed if g is ZERO else passed + pulled(taylor.second, g)
 
 
-def pulled(terms: Terms, weights: Symbol) -> Factor:
+def pulled(terms: Terms, weights: Value) -> Value:
     """``sum_j weights_j (...)`` by ``k``."""
     total: Factor | None = None if terms.diagonal is None else _product(terms.diagonal, weights)
     for b, c in terms.products:
-        product = _product(b, weights) if not is_number(b) else weights
-        assert isinstance(product, Symbol)
-        along: Factor = product.row_sum() if product.last > 1 else product
+        product = weights if is_number(b) else _product(b, weights)
+        along = product.sum(-1, keepdim=True) if last(product) > 1 else product
         total = _sum(total, _product(_product(b, along) if is_number(b) else along, c))
-    return 0.0 if total is None else total
+    return ZERO if total is None else total
 
 
 def lengths(shape: Sequence[int], flat: bool) -> set[int]:

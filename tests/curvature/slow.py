@@ -73,7 +73,7 @@ ELEMENTWISE = _words(
     elu celu softplus hardtanh threshold hardshrink softshrink _prelu_kernel clamp clamp_min clamp_max exp exp2
     expm1 log log2 log10 log1p sqrt rsqrt reciprocal sin cos tan asin acos atan sinh cosh asinh acosh atanh erf
     erfc lgamma digamma abs neg round floor ceil trunc sign logit
-    angle copysign deg2rad erfinv fmod frac i0 igamma igammac ldexp mvlgamma nan_to_num native_dropout polygamma
+    angle copysign deg2rad erfinv fmod frac frexp i0 igamma igammac ldexp mvlgamma nan_to_num native_dropout polygamma
     rad2deg remainder sgn sinc special_entr special_erfcx special_i0e special_i1 special_i1e special_log_ndtr
     special_ndtri special_xlog1py special_zeta
     """
@@ -187,16 +187,18 @@ class Row:
     mixes: bool
 
 
-def row_of(op: Operation) -> Row | None:
-    """None for an operation that does not work along the last dimension."""
+def row_of(op: Operation, leads: Callable[[Value], bool]) -> Row | None:
+    """None for an operation that does not work along the last dimension; ``leads`` tells which inputs count."""
     name = op.name.removesuffix("_")
     if op.on_part or name not in ROW_WISE:
         return None
     before, after, arguments = op.inputs[0].saved.shape, op.outputs[0].saved.shape, op.arguments
     if name in ("where", "masked_fill"):  # where a mask replaces some entries of one tensor
         other = arguments["other" if name == "where" else "value"]
-        fixed = not other.requires_grad if name == "where" else not isinstance(other, Tensor)
-        return Row(None, False) if len(op.inputs) == 1 and fixed and before == after else None
+        fixed = not isinstance(other, Tensor) or (name == "where" and not other.requires_grad)
+        if name == "where" and len(op.inputs) == 2:
+            fixed = not leads(op.inputs[1])
+        return Row(None, False) if (len(op.inputs) == 1 or name == "where") and fixed and before == after else None
     if op.name == "expand":
         return Row(None, False) if len(before) == len(after) else None
     dims = arguments.get("dim")
@@ -436,7 +438,7 @@ class _Sweep:
         if meeting.elementwise:
             private = self._private(meeting, rows=True)
             for members in (self._widened(private, meeting, rows=True), private):
-                if any(row_of(op) for op in members):
+                if any(row_of(op, self.leads) for op in members):
                     members = self._through_mixing(members, meeting)
                     if self._line_up(members):
                         return self._described(meeting, members)
@@ -453,7 +455,7 @@ class _Sweep:
 
     def _may_join(self, op: Operation, meeting: Operation, rows: bool) -> bool:
         return (
-            (op.elementwise or (rows and row_of(op) is not None))
+            (op.elementwise or (rows and row_of(op, self.leads) is not None))
             and not any(v in self.goals for v in op.outputs)
             and (op in self.inside) == (meeting in self.inside)
             and all(
@@ -540,12 +542,12 @@ class _Sweep:
         passed: set[Operation] = set()
         while self._may_join(op, meeting, rows=True):
             passed.add(op)
-            row = row_of(op)
+            row = row_of(op, self.leads)
             if row is not None and row.mixes:
                 return passed
             if len(self.variables(op)) > 1:
                 further = self.joined(op)
-                rowwise = further is not None and any(row_of(member) for member in further.members)
+                rowwise = further is not None and any(row_of(member, self.leads) for member in further.members)
                 return passed | set(further.members) if further is not None and rowwise else set()
             if not self.below(op):
                 return set()
@@ -560,7 +562,7 @@ class _Sweep:
         for op in reversed(self.order):
             if op not in members:
                 continue
-            row = row_of(op)
+            row = row_of(op, self.leads)
             inner = {flat[maker] for maker in self.below(op) if maker in members}
             takes_flat = row.flat is False and not row.mixes if row is not None else True in inner
             if inner - {takes_flat}:

@@ -6,12 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.curvature.oracle import Case, check
+from hesscale_lightning.curvature import backward
+from tests.curvature.oracle import Case, check, with_constants
 
 aten = torch.ops.aten
 AB = [(3, 4), (3, 4)]
 LOW = torch.linspace(-1.2, 0.4, 4, dtype=torch.float64)
 HIGH = torch.tensor([[1.0, 0.3, 0.2, -0.5]], dtype=torch.float64)  # the last below the lower bound
+INTEGERS = torch.tensor([-1, 0, 1, 2])
 CASES = [
     Case("add", torch.add, AB, ["AddBackward0"]),
     Case("add broadcast", torch.add, [(3, 4), (4,)], ["AddBackward0"]),
@@ -49,6 +51,7 @@ CASES = [
     Case("pow", torch.pow, AB, ["PowBackward1"], positive=True),
     Case("pow broadcast", torch.pow, [(3, 4), (4,)], ["PowBackward1"], positive=True),
     Case("pow of a number", lambda p: 2**p, [(3, 4)], ["PowBackward2"]),
+    Case("pow of zero", lambda p: 0**p, [(3, 4)], ["PowBackward2"], positive=True, reference=lambda p: 0 * p),
     Case("addcmul", lambda c, a, b: torch.addcmul(c, a, b, value=0.5), [(3, 4), (4,), (3, 1)], ["AddcmulBackward0"]),
     Case(
         "addcdiv", lambda c, a, b: torch.addcdiv(c, a, b, value=0.5), [(3, 4), (4,), (3, 1)], ["AddcdivBackward0"], True
@@ -57,6 +60,8 @@ CASES = [
     Case("lerp tensor", torch.lerp, [(3, 4), (3, 4), (4,)], ["LerpBackward1"]),
     Case("maximum", torch.maximum, AB, ["MaximumBackward0"]),
     Case("minimum", torch.minimum, [(3, 4), (4,)], ["MinimumBackward0"]),
+    Case("maximum with integers", lambda a: torch.maximum(a, INTEGERS), [(3, 4)], ["MaximumBackward0"]),
+    Case("minimum of integers", lambda b: torch.minimum(INTEGERS, b), [(3, 4)], ["MinimumBackward0"]),
     Case("maximum of equals", torch.maximum, [torch.ones(3).double(), torch.ones(3).double()], ["MaximumBackward0"]),
     Case("fmax", torch.fmax, AB, ["FmaxBackward0"]),
     Case("fmin", torch.fmin, AB, ["FminBackward0"]),
@@ -71,6 +76,7 @@ CASES = [
 #: Local exactness where paths from one tensor meet again.
 MEETING = [
     Case("x * x", lambda x: x * x, [(3, 4)]),
+    Case("x * 2 x, by the overload for numbers", lambda x: x * aten.mul.Scalar(x, 2.0), [(3, 4)], ["MulBackward1"]),
     Case("x / x^2", lambda x: x / (x * x), [(3, 4)], positive=True),
     Case("x * sigmoid(x)", lambda x: x * torch.sigmoid(x), [(3, 4)]),
     Case("x - tanh(x)", lambda x: x - torch.tanh(x), [(3, 4)]),
@@ -92,3 +98,16 @@ MEETING = [
 @pytest.mark.parametrize("case", [*CASES, *MEETING], ids=lambda case: case.name)
 def test_rule_equals_dense_derivatives(case: Case) -> None:
     check(case)
+
+
+@pytest.mark.parametrize("case", with_constants(CASES), ids=lambda case: case.name)
+def test_rule_with_constant_operands(case: Case) -> None:
+    check(case)
+
+
+def test_division_by_the_number_zero_is_no_error_of_the_rule() -> None:
+    for _ in range(3):
+        w = torch.tensor([1.0, 2.0], requires_grad=True)
+        backward((w / 0.0).square().sum())
+        assert w.grad.isinf().all()
+        assert not w.hess_diag.isfinite().any()

@@ -22,11 +22,11 @@ QKV = [(2, 2, 4, 3), (2, 2, 5, 3), (2, 2, 5, 3)]
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return scaled_dot_product_attention(q, k, v, attn_mask=VISIBLE)
+    return scaled_dot_product_attention(q, k, v, attn_mask=VISIBLE.to(q.device))
 
 
 def masked_by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~VISIBLE, -torch.inf)
+    scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~VISIBLE.to(q.device), -torch.inf)
     return torch._safe_softmax(scores, -1) @ v
 
 
@@ -35,7 +35,11 @@ def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def grouped_with_bias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return scaled_dot_product_attention(q, k, v, attn_mask=BIAS[:1, :1], enable_gqa=True)
+    return scaled_dot_product_attention(q, k, v, attn_mask=BIAS[:1, :1].to(q), enable_gqa=True)
+
+
+def with_bias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, attn_mask=BIAS.to(q))
 
 
 def by_hand(function: object) -> object:
@@ -59,10 +63,10 @@ def of_keys_and_values(full: Case) -> Case:
     q = full.tensors()[0].detach()
     return Case(
         f"{full.name}, keys and values",
-        lambda k, v: full.operation(q.to(k.dtype), k, v),
+        lambda k, v: full.operation(q.to(k), k, v),
         full.inputs[1:],
         full.nodes,
-        reference=lambda k, v: full.reference(q.to(k.dtype), k, v),  # type: ignore[misc]
+        reference=lambda k, v: full.reference(q.to(k), k, v),  # type: ignore[misc]
     )
 
 
@@ -71,8 +75,8 @@ CASES = [
     case("causal", lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True)),
     case("scaled", lambda q, k, v: scaled_dot_product_attention(q, k, v, scale=0.9)),
     case("mask", masked, reference=masked_by_hand),
-    case("mask of samples", lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=PER_SAMPLE)),
-    case("bias", lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=BIAS)),
+    case("mask of samples", lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=PER_SAMPLE.to(q.device))),
+    case("bias", with_bias),
     case("grouped queries", grouped, [(2, 4, 3, 2), (2, 2, 3, 2), (2, 2, 3, 2)]),
     case("grouped queries with bias", grouped_with_bias, [(1, 4, 4, 2), (1, 2, 5, 2), (1, 2, 5, 2)]),
 ]
@@ -83,6 +87,50 @@ CASES += [of_keys_and_values(case) for case in CASES]
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_rule_equals_dense_derivatives(case: Case) -> None:
+    check(case)
+
+
+def fused(name: str, *arguments: object) -> object:
+    """Of another device."""
+    operation = getattr(torch.ops.aten, f"_scaled_dot_product_{name}")
+    return lambda q, k, v: operation(q, k, v, *[a.to(q) if isinstance(a, Tensor) else a for a in arguments])[0]
+
+
+def of_device(name: str, node: str, function: object, reference: object) -> list[Case]:
+    whole = Case(name, function, QKV, [node], reference=by_hand(reference), at_loss=True)  # type: ignore[arg-type]
+    return [whole, of_keys_and_values(whole)]
+
+
+def of_bias(b: Tensor) -> Tensor:
+    q, k, v = (x.to(b) for x in CONSTANT)
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, b.expand(2, 2, 4, 5), True)[0]
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+EFFICIENT, FLASH, CUDNN = (f"ScaledDotProduct{name}AttentionBackward0" for name in ("Efficient", "Flash", "Cudnn"))
+OTHER = "ScaledDotProductFusedAttentionOverrideableBackward0"
+CONSTANT = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in QKV]
+OF_DEVICES = [
+    *of_device("efficient", EFFICIENT, fused("efficient_attention", None, True), scaled_dot_product_attention),
+    *of_device("efficient, causal", EFFICIENT, fused("efficient_attention", None, True, 0.0, True), causal),
+    *of_device("efficient, bias", EFFICIENT, fused("efficient_attention", BIAS, True), with_bias),
+    *of_device("flash", FLASH, fused("flash_attention"), scaled_dot_product_attention),
+    *of_device("flash, causal", FLASH, fused("flash_attention", 0.0, True), causal),
+    *of_device("cuDNN", CUDNN, fused("cudnn_attention", None, True), scaled_dot_product_attention),
+    *of_device("cuDNN, bias", CUDNN, fused("cudnn_attention", BIAS, True), with_bias),
+    *of_device("other devices", OTHER, fused("fused_attention_overrideable", BIAS), with_bias),
+    Case(
+        "efficient, learned bias", of_bias, [(1, 2, 4, 5)], [EFFICIENT],
+        reference=by_hand(lambda b: scaled_dot_product_attention(*CONSTANT, attn_mask=b)),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OF_DEVICES, ids=lambda case: case.name)
+def test_rule_of_another_device_equals_dense_derivatives(case: Case, device_kernels: None) -> None:
     check(case)
 
 
@@ -145,13 +193,8 @@ def test_dropout_runs_as_composed_operations() -> None:
     assert all(x.hess_diag.isfinite().all() for x in (q, k, v))
 
 
-def test_fused_dropout_is_refused_with_advice() -> None:
-    class Node:
-        _saved_dropout_p = 0.1
-
-        def name(self) -> str:
-            return "ScaledDotProductFlashAttentionBackward0"
-
-    operation = attention.Operation(Node(), (), [True] * 3, [False] * 3, "hesscale", True)
+def test_fused_dropout_is_refused_with_advice(device_kernels: None) -> None:
+    q, k, v = (torch.randn(shape, requires_grad=True) for shape in QKV)
+    output = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.1)[0]
     with pytest.raises(UnsupportedOperationError, match="MATH"):
-        attention.attention(operation)
+        backward(output.sum())

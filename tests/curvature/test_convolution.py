@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hesscale_lightning.curvature import backward
-from tests.curvature.oracle import Case, check
+from tests.curvature.oracle import Case, check, with_constants
 
 aten = torch.ops.aten
 NODE = ["ConvolutionBackward0"]
@@ -107,6 +107,11 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_rule_equals_dense_derivatives(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("case", with_constants(CASES), ids=lambda case: case.name)
+def test_rule_with_constants_among_its_inputs(case: Case) -> None:
     check(case)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from hesscale_lightning.curvature import backward
 from hesscale_lightning.curvature.rules import distance
-from tests.curvature.oracle import Case, check
+from tests.curvature.oracle import Case, check, with_constants
 
 norm = torch.linalg.vector_norm
 aten = torch.ops.aten
@@ -118,3 +119,36 @@ def test_norm_of_zeros_is_flat_as_for_autograd() -> None:
 def test_blocks_of_rows_add_up(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distance, "_PAIRS", 1)
     check(next(case for case in CASES if case.name == name))
+
+
+@pytest.mark.parametrize("case", with_constants(CASES), ids=lambda case: case.name)
+def test_rule_with_constant_operands(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("of", [lambda x: norm(x, 3, -1, dtype=torch.float64), lambda x: norm(x, dtype=torch.float64)])
+def test_norm_in_another_dtype(of: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    one, exact = torch.eye(4, dtype=dtype, requires_grad=True), torch.eye(4, dtype=torch.float64, requires_grad=True)
+    backward(of(x @ one).exp().sum())
+    backward(of(x.double() @ exact).exp().sum())
+    assert one.hess_diag.dtype is torch.float32
+    torch.testing.assert_close(one.hess_diag, exact.hess_diag.float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom")
+@pytest.mark.parametrize("of", [lambda x: x.var(-1), lambda x: x.std(-1), lambda x: torch.var_mean(x, -1)[0]])
+def test_what_has_no_variance_has_the_curvature_of_its_gradient(of: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(3, 1, requires_grad=True)
+    backward(of(x).exp().sum())
+    assert x.grad is not None
+    assert x.grad.isnan().all()
+    assert x.hess_diag.isnan().all()
+
+
+@pytest.mark.parametrize("shapes", [((0, 3), (4, 3)), ((4, 3), (0, 3))], ids=str)
+def test_distances_of_no_rows(shapes: Sequence[tuple[int, int]]) -> None:
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    backward(torch.cdist(*inputs).exp().sum())
+    assert not any(x.hess_diag.any() for x in inputs)

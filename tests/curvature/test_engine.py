@@ -435,13 +435,13 @@ def test_attaching_twice_is_refused_and_removing_allows_it() -> None:
 
 
 def test_rule_that_returns_a_wrong_shape_is_named() -> None:
-    register_rule("UnknownBackward")(lambda op: lambda h: (h.sum(0),))
+    register_rule("UnknownBackward")(lambda op, h: h.sum(0))
     try:
         w = torch.randn(3, 2, requires_grad=True)
         with pytest.raises(RuntimeError, match="wrong shape"):
             backward(Unknown.apply(w).exp().sum())
         assert getattr(w, "hess_diag", None) is None
-        register_rule("UnknownBackward")(lambda op: lambda h: ())
+        register_rule("UnknownBackward")(lambda op, h: ())
         with pytest.raises(RuntimeError, match="UnknownBackward returned 0 curvatures for 1 inputs"):
             backward(Unknown.apply(w).exp().sum())
     finally:
@@ -619,10 +619,10 @@ def test_the_dense_reference_takes_parameters_of_any_layout(layout: str) -> None
 def test_stop_iteration_in_a_rule_becomes_a_runtime_error() -> None:
     """Lightning takes a StopIteration for the end of the data."""
 
-    def raising(*_: Any) -> Any:
+    def raising(op: Any, h: Any) -> Any:
         raise StopIteration
 
-    register_rule("UnknownBackward")(lambda op: raising)
+    register_rule("UnknownBackward")(raising)
     try:
         w = torch.randn(3, requires_grad=True)
         with pytest.raises(RuntimeError, match="StopIteration"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hesscale_lightning.curvature import backward, coverage
-from tests.curvature.oracle import Case, check
+from tests.curvature.oracle import Case, check, with_constants
 
 aten = torch.ops.aten
 ROWS = torch.tensor([0, 2, 2])
@@ -151,6 +151,24 @@ PLACEMENTS = [
         [(3, 4), (3,)],
         ["PutBackward0"],
     ),
+    Case(
+        "index under a mask",
+        lambda x: aten._unsafe_masked_index(x, torch.tensor([True, False, True]), [ROWS], 0.5),
+        [(3,)],
+        ["UnsafeMaskedIndexBackward0"],
+    ),
+    Case(
+        "index put under a mask",
+        lambda x, v: aten._unsafe_masked_index_put_accumulate(x, torch.tensor([True, True, True]), [ROWS], v),
+        [(3,), (3,)],
+        ["UnsafeMaskedIndexPutAccumulateBackward0"],
+    ),
+    Case(
+        "masked scatter over a broadcast tensor",
+        lambda x, s: x.masked_scatter(MASK, s),
+        [(4,), (7,)],
+        ["MaskedScatterBackward0"],
+    ),
     Case("masked scatter", lambda x, s: x.masked_scatter(MASK, s), [(3, 4), (7,)], ["MaskedScatterBackward0"]),
     *[
         Case(
@@ -159,7 +177,7 @@ PLACEMENTS = [
             [x, TIES[1:] if x is TIES else (2, 4)],
             ["ScatterReduceBackward0"],
         )
-        for reduce in ("sum", "mean", "amax", "amin")
+        for reduce in ("sum", "mean", "prod", "amax", "amin")
         for own in (True, False)
         for x in ((3, 4), TIES)
     ],
@@ -170,7 +188,7 @@ PLACEMENTS = [
             [x, TIES if x is TIES else (3, 4)],
             ["IndexReduceBackward0"],
         )
-        for reduce in ("mean", "amax", "amin")
+        for reduce in ("mean", "prod", "amax", "amin")
         for own in (True, False)
         for x in ((3, 4), TIES)
     ],
@@ -234,3 +252,8 @@ def test_where_of_mixed_precision_gives_each_input_its_own() -> None:
     backward(torch.where(torch.tensor([True, False]), w @ torch.eye(2), x).pow(3).sum())
     torch.testing.assert_close(w.hess_diag, torch.tensor([[6.0, 0.0]]))
     torch.testing.assert_close(x.hess_diag, torch.tensor([[0.0, 24.0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("case", with_constants(PLACEMENTS), ids=lambda case: case.name)
+def test_rule_with_constant_operands(case: Case) -> None:
+    check(case)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.curvature.oracle import Case, check
+from tests.curvature.oracle import Case, check, with_constants
 
 CASES = [
     Case("mm", torch.mm, [(3, 4), (4, 2)], ["MmBackward0"]),
@@ -85,4 +85,9 @@ def test_grouped_products_equal_dense_derivatives(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_rule_equals_dense_derivatives(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("case", with_constants(CASES), ids=lambda case: case.name)
+def test_rule_with_constant_operands(case: Case) -> None:
     check(case)

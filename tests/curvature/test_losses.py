@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.curvature.oracle import Case, check
+from tests.curvature.oracle import Case, check, with_constants
 
 generator = torch.Generator().manual_seed(3)
 TARGET = torch.randn((4, 3), generator=generator, dtype=torch.float64)
@@ -195,4 +195,9 @@ CASES = list(cases())
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_rule_equals_dense_derivatives(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("case", with_constants(CASES), ids=lambda case: case.name)
+def test_rule_with_constant_operands(case: Case) -> None:
     check(case)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hesscale_lightning.curvature import exact_local_diag
-from hesscale_lightning.curvature.registry import Operation
-from hesscale_lightning.curvature.rules import normalization
 from tests.curvature.oracle import Case, check
 
 MEAN, VARIANCE = torch.randn(3).double(), torch.rand(3).double() + 0.5
@@ -20,7 +20,7 @@ def batch_norm(x: Tensor, w: Tensor | None = None, b: Tensor | None = None) -> T
 
 
 def batch_norm_eval(x: Tensor, w: Tensor | None = None, b: Tensor | None = None) -> Tensor:
-    return F.batch_norm(x, MEAN, VARIANCE, w, b, training=False)
+    return F.batch_norm(x, MEAN.to(x), VARIANCE.to(x), w, b, training=False)
 
 
 def weight_norm(name: str, direction: tuple[int, ...], size: tuple[int, ...], dim: int) -> Case:
@@ -68,22 +68,36 @@ def test_rule_equals_dense_derivatives(case: Case) -> None:
     check(case)
 
 
-class FusedRmsNorm:
-    """Stands for the node that torch makes on other devices; on the CPU it composes the operation."""
-
-    def __init__(self, x: Tensor, weight: Tensor | None) -> None:
-        self._saved_input, self._saved_weight, self._saved_normalized_shape = x, weight, [4]
-        self._saved_result1 = (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+def fused_rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    return torch.ops.aten._fused_rms_norm(x, [4], weight, 1e-5)[0]
 
 
-@pytest.mark.parametrize("with_weight", [True, False])
-@pytest.mark.parametrize(("with_g", "with_h"), [(1, 1), (1, 0), (0, 1)])
-def test_formula_of_fused_rms_norm_equals_dense_derivatives(with_g: int, with_h: int, with_weight: bool) -> None:
-    x, w, g, h = (torch.randn(shape, dtype=torch.float64) for shape in ((3, 4), (4,), (3, 4), (3, 4)))
-    inputs = [x, w] if with_weight else [x]
-    expected = exact_local_diag(lambda x, w=None: F.rms_norm(x, (4,), w, eps=1e-5), inputs, [g * with_g], [h * with_h])
-    node = FusedRmsNorm(x, w if with_weight else None)
-    operation = Operation(node, (), [True, with_weight], [False, False], "hesscale", True)
-    found = normalization.rms_norm(operation)(g if with_g else None, h if with_h else None)
-    for f, e in zip(found, expected, strict=False):
-        torch.testing.assert_close(torch.zeros_like(e) if f is None else f, e, rtol=1e-9, atol=1e-12)
+def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    normal = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    return normal if weight is None else normal * weight
+
+
+def of_library(name: str, node: str, operation: Callable[..., Any], training: bool) -> Case:
+    def batch_norm_of_library(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        statistics = (None, None) if training else (MEAN.to(x), VARIANCE.to(x))
+        return operation(x, w, b, *statistics, training, 0.1, 1e-5)[0]
+
+    reference = batch_norm if training else batch_norm_eval
+    return Case(name, batch_norm_of_library, [(2, 3, 2, 2), (3,), (3,)], [node], reference=reference)
+
+
+RMS = ["FusedRmsNormBackward0"]
+OF_DEVICES = [
+    Case("fused rms_norm", fused_rms_norm, [(3, 4), (4,)], RMS, reference=rms_norm),
+    Case("fused rms_norm of one row", fused_rms_norm, [(4,), (4,)], RMS, reference=rms_norm),
+    Case("fused rms_norm without weight", fused_rms_norm, [(2, 3, 4)], RMS, reference=rms_norm),
+    of_library("batch_norm of cuDNN", "CudnnBatchNormBackward0", torch.cudnn_batch_norm, True),
+    of_library("batch_norm of cuDNN in eval mode", "CudnnBatchNormBackward0", torch.cudnn_batch_norm, False),
+    of_library("batch_norm of MIOpen", "MiopenBatchNormBackward0", torch.miopen_batch_norm, True),
+    of_library("batch_norm of MIOpen in eval mode", "MiopenBatchNormBackward0", torch.miopen_batch_norm, False),
+]
+
+
+@pytest.mark.parametrize("case", OF_DEVICES, ids=lambda case: case.name)
+def test_rule_of_another_device_equals_dense_derivatives(case: Case, device_kernels: None) -> None:
+    check(case)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.curvature.oracle import Case, check
+from tests.curvature.oracle import Case, check, with_constants
 
 #: From -3.2 to 3.2 in uneven steps: both sides of every kink, none on one.
 SPREAD = torch.linspace(-3.21, 3.17, 24, dtype=torch.float64).reshape(4, 6)
@@ -126,6 +126,11 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_rule_equals_dense_derivatives(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("case", with_constants(CASES), ids=lambda case: case.name)
+def test_rule_with_constant_operands(case: Case) -> None:
     check(case)
 
 

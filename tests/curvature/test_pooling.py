@@ -95,6 +95,12 @@ AVERAGE = [
         ["AvgPool3DBackward0"],
     ),
     Case(
+        "average 2-d, negative divisor",
+        of_x(F.avg_pool2d, 2, 1, divisor_override=-3),
+        [(1, 1, 3, 3)],
+        ["AvgPool2DBackward0"],
+    ),
+    Case(
         "average 3-d, divisor", of_x(F.avg_pool3d, 2, 1, divisor_override=5), [(1, 1, 2, 3, 3)], ["AvgPool3DBackward0"]
     ),
     Case("adaptive average 1-d", of_x(F.adaptive_avg_pool1d, 3), [(1, 2, 5)], ["AdaptiveAvgPool2DBackward0"]),
@@ -188,7 +194,117 @@ RESAMPLE = [
 ]
 
 
-@pytest.mark.parametrize("case", [*MAX, *AVERAGE, *RESAMPLE], ids=lambda case: case.name)
+# -- grid samplers, which torch differentiates only once ---------------------------------------------------------------
+
+
+def hat(d: Tensor) -> Tensor:
+    """Bilinear interpolation: the weight of a pixel at distance d."""
+    return (1 - d.abs()).clamp(min=0)
+
+
+def cubic(d: Tensor) -> Tensor:
+    """Bicubic interpolation, with A = -0.75."""
+    d = d.abs()
+    near = 1.25 * d**3 - 2.25 * d**2 + 1
+    far = -0.75 * (d**3 - 5 * d**2 + 8 * d - 4)
+    return torch.where(d <= 1, near, torch.where(d < 2, far, 0.0))
+
+
+def looked_up(p: Tensor, size: int, padding: str, align_corners: bool) -> Tensor:
+    """Where a coordinate beyond the edges is looked up."""
+    if padding == "reflection":
+        low, span = (0.0, size - 1.0) if align_corners else (-0.5, float(size))
+        if span == 0:
+            return p * 0
+        p = low + span - ((p - low).remainder(2 * span) - span).abs()
+    return p if padding == "zeros" else p.clamp(0, size - 1)
+
+
+def axis_weights(p: Tensor, size: int, mode: str, padding: str, align_corners: bool) -> Tensor:
+    """(.., size): how much of each pixel there is at a coordinate, a smooth function of it as far as it is one."""
+    p = (p + 1) / 2 * (size - 1) if align_corners else ((p + 1) * size - 1) / 2
+    pixels = torch.arange(size).to(p)
+    if mode == "bicubic":  # pixels go on beyond the edges
+        beyond = torch.arange(-5 * size, 6 * size).to(p)
+        at = looked_up(beyond, size, padding, align_corners)
+        return cubic(p[..., None] - beyond) @ (at[:, None] == pixels).to(p)
+    p = looked_up(p, size, padding, align_corners)
+    if mode == "nearest":
+        return (p.round()[..., None] == pixels).to(p)
+    return hat(p[..., None] - pixels)
+
+
+def grid_sample(x: Tensor, grid: Tensor, mode: str, padding_mode: str, align_corners: bool) -> Tensor:
+    """By a matrix of weights for every axis."""
+    settings = mode, padding_mode, align_corners
+    weights = [axis_weights(grid[..., k], size, *settings) for k, size in enumerate(reversed(x.shape[2:]))]
+    if len(weights) == 2:
+        return torch.einsum("ncij,nabi,nabj->ncab", x, weights[1], weights[0])
+    return torch.einsum("ncijk,nabdi,nabdj,nabdk->ncabd", x, weights[2], weights[1], weights[0])
+
+
+def sampling(mode: str, padding: str, align_corners: bool, shape: tuple[int, ...]) -> Case:
+    """Grids that reach beyond the edges, at places where no derivative jumps."""
+    dims = len(shape) - 2
+    size = (shape[0], 3, 2, 2)[: dims + 1]
+    grid = torch.rand((*size, dims), generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 3 - 1.5
+    settings = {"mode": mode, "padding_mode": padding, "align_corners": align_corners}
+    return Case(
+        f"{mode} {dims}-d, {padding}, {'aligned' if align_corners else 'not aligned'}, {shape[-1]} wide",
+        lambda x, grid: F.grid_sample(x, grid, **settings),
+        [shape, grid],
+        [f"GridSampler{dims}DBackward0"],
+        reference=lambda x, grid: grid_sample(x, grid, **settings),
+    )
+
+
+GRIDS = [
+    sampling(mode, padding, align_corners, shape)
+    for mode, shapes in {
+        "bilinear": [(2, 2, 3, 4), (1, 2, 3, 2, 4), (1, 2, 3, 1)],
+        "nearest": [(2, 2, 3, 4), (1, 2, 3, 2, 4)],
+        "bicubic": [(2, 2, 3, 4), (1, 2, 3, 1)],
+    }.items()
+    for shape in shapes
+    for padding in ("zeros", "border", "reflection")
+    for align_corners in (False, True)
+]
+OF_DEVICES = [
+    Case(
+        "bilinear of cuDNN",
+        torch.cudnn_grid_sampler,
+        [(2, 2, 3, 4), GRIDS[0].inputs[1]],
+        ["CudnnGridSamplerBackward0"],
+        reference=lambda x, grid: grid_sample(x, grid, "bilinear", "zeros", True),
+    )
+]
+
+
+@pytest.mark.parametrize("case", GRIDS, ids=lambda case: case.name)
+def test_reference_of_grid_sampler_is_torchs(case: Case) -> None:
+    assert case.reference is not None
+    torch.testing.assert_close(case.operation(*case.tensors()), case.reference(*case.tensors()))
+
+
+@pytest.mark.parametrize("case", OF_DEVICES, ids=lambda case: case.name)
+def test_rule_of_another_device_equals_dense_derivatives(case: Case, device_kernels: None) -> None:
+    check(case)
+
+
+def test_grid_that_is_not_a_number_moves_nothing() -> None:
+    x = torch.randn(1, 1, 3, 3, requires_grad=True)
+    grid = torch.full((1, 2, 2, 2), torch.nan)
+    backward(F.grid_sample(x, grid, align_corners=False).square().sum())
+    assert not x.hess_diag.isnan().any()
+
+
+def test_divisor_of_an_average_need_not_have_a_square_that_fits() -> None:
+    x = torch.randn(1, 1, 4, 4, dtype=torch.float64, requires_grad=True)
+    backward((F.avg_pool2d(x, 2, divisor_override=2**40) * 2.0**40).square().sum())
+    torch.testing.assert_close(x.hess_diag, torch.full_like(x, 2.0))
+
+
+@pytest.mark.parametrize("case", [*MAX, *AVERAGE, *RESAMPLE, *GRIDS], ids=lambda case: case.name)
 def test_rule_equals_dense_derivatives(case: Case) -> None:
     check(case)
 

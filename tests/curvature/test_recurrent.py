@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hesscale_lightning.curvature import Method, backward
+from hesscale_lightning.curvature import Method, UnsupportedOperationError, attach, backward
+from tests.curvature.device_kernels import gru_cell, lstm_cell
 from tests.curvature.oracle import Case, check, node_names
 
 NODE = "MkldnnRnnLayerBackward0"
@@ -32,6 +33,51 @@ CASES = [Case("parameters of one step", one_step, SHAPES, [NODE])]
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_rule_equals_dense_derivatives(case: Case) -> None:
     check(case, torch.float32)
+
+
+LSTM_CELL, GRU_CELL = ["ThnnFusedLstmCellBackward0"], ["ThnnFusedGruCellBackward0"]
+
+
+def fused_lstm_cell(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    output, cell, _ = torch.ops.aten._thnn_fused_lstm_cell(*inputs)
+    return output, cell
+
+
+def fused_gru_cell(*inputs: Tensor) -> Tensor:
+    return torch.ops.aten._thnn_fused_gru_cell(*inputs)[0]
+
+
+OF_DEVICES = [
+    Case("LSTM's cell", fused_lstm_cell, [(3, 8), (3, 8), (3, 2), (8,), (8,)], LSTM_CELL, reference=lstm_cell),
+    Case("LSTM's cell without bias", fused_lstm_cell, [(3, 8), (3, 8), (3, 2)], LSTM_CELL, reference=lstm_cell),
+    Case(
+        "LSTM's hidden state alone", lambda *x: fused_lstm_cell(*x)[0], [(3, 8), (3, 8), (3, 2)], LSTM_CELL,
+        reference=lambda *x: lstm_cell(*x)[0],
+    ),
+    Case(
+        "LSTM's cell state alone", lambda *x: fused_lstm_cell(*x)[1], [(3, 8), (3, 8), (3, 2)], LSTM_CELL,
+        reference=lambda *x: lstm_cell(*x)[1],
+    ),
+    Case("GRU's cell", fused_gru_cell, [(3, 6), (3, 6), (3, 2), (6,), (6,)], GRU_CELL, reference=gru_cell),
+    Case("GRU's cell without bias", fused_gru_cell, [(3, 6), (3, 6), (3, 2)], GRU_CELL, reference=gru_cell),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OF_DEVICES, ids=lambda case: case.name)
+def test_rule_of_another_device_equals_dense_derivatives(case: Case, device_kernels: None) -> None:
+    check(case)
+
+
+def test_a_layer_fused_on_the_gpu_is_refused_with_advice() -> None:
+    """Its node can be made without a GPU, of tensors without data."""
+    with torch.device("meta"):
+        weights = [torch.randn(8, 3, requires_grad=True), torch.randn(8, 2, requires_grad=True)]
+        x, hidden, cell = torch.randn(4, 5, 3), torch.randn(1, 5, 2), torch.randn(1, 5, 2)
+    output = torch._cudnn_rnn(x, weights, 2, None, hidden, cell, 2, 2, 0, 1, False, 0.0, True, False, [], None)[0]
+    loss = output.sum()
+    assert "CudnnRnnBackward0" in node_names(loss)
+    with pytest.raises(UnsupportedOperationError, match=r"cudnn\.flags"):
+        attach(loss)
 
 
 def final_state(output: Tensor, state: tuple[Tensor, Tensor]) -> Tensor:

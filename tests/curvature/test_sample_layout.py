@@ -62,7 +62,7 @@ def test_samples_that_are_kept_apart_do_not_reach_each_other(name: str) -> None:
     assert rule is not None
     needs = [child is not None for child, _ in node.next_functions]
     place = next(i for i, need in enumerate(needs) if need)
-    op = Operation(node, node.next_functions, needs, [False] * len(needs), "hesscale", rule.curved)
+    op = Operation(node, node.next_functions, needs, [False] * len(needs), "hesscale")
     assert op.input_shape(place) == x.shape, "made of several operations"
     jacobian = torch.autograd.functional.jacobian(function, x.detach()).view(y.numel(), x.numel()) != 0
     kept = 0
@@ -92,7 +92,7 @@ def test_permutations_are_followed_wherever_the_samples_stay_in_order() -> None:
             assert node is not None
             rule = find_rule(node)
             assert rule is not None
-            op = Operation(node, node.next_functions, [True], [False], "hesscale", False)
+            op = Operation(node, node.next_functions, [True], [False], "hesscale")
             numbers = torch.arange(count).view(shape).permute(order).flatten()
             for samples in (s for s in range(2, count + 1) if count % s == 0):
                 for inner in (m for m in range(1, count // samples + 1) if count // samples % m == 0):

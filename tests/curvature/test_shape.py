@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils import rnn
 
 from hesscale_lightning.curvature import backward
-from tests.curvature.oracle import Case, check
+from tests.curvature.oracle import Case, check, with_constants
 
 aten = torch.ops.aten
 MASK = torch.tensor([[True, False, True, False], [False, False, True, True], [False, True, False, False]])
@@ -301,3 +301,8 @@ def test_padding_of_channels_last_in_single_precision(mode: str) -> None:
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
 def test_tensors_without_entries(shape: tuple[int, int]) -> None:
     check(Case("views", lambda x: torch.cat([x.t(), x.t()]).view(-1), [shape], ["CatBackward0", "ViewBackward0"]))
+
+
+@pytest.mark.parametrize("case", with_constants(JOINS), ids=lambda case: case.name)
+def test_rule_with_constant_operands(case: Case) -> None:
+    check(case)

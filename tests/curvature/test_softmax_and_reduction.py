@@ -89,3 +89,25 @@ def test_bl89_cross_entropy_is_curved_at_the_true_class_only() -> None:
     p = x.detach().softmax(-1)
     expected = torch.nn.functional.one_hot(target, 3) * (p - p**2) / 5
     torch.testing.assert_close(x.hess_diag, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["sum", "mean", "nansum", "prod", "cumsum", "cumprod"])
+@pytest.mark.parametrize("dims", [(), (-1,)], ids=["of all", "along a dimension"])
+def test_reduction_into_another_dtype(name: str, dims: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Curvature goes on in the dtype of the input, and is not rounded to half precision on its way."""
+    if name.startswith("cum") and not dims:
+        pytest.skip("runs along a dimension only")
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    one, exact = torch.eye(4, dtype=dtype, requires_grad=True), torch.eye(4, dtype=torch.float64, requires_grad=True)
+    backward(getattr(x @ one, name)(*dims, dtype=torch.float64).square().sum())
+    backward(getattr(x.double() @ exact, name)(*dims).square().sum())
+    assert one.hess_diag.dtype is torch.float32
+    torch.testing.assert_close(one.hess_diag, exact.hess_diag.float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_running_sum_of_half_precision_does_not_round(dtype: torch.dtype) -> None:
+    x = torch.ones(3, dtype=dtype, requires_grad=True)
+    backward((x.cumsum(0).float().square() * torch.tensor([1.0, 0.0, 2.0**-14])).sum())
+    assert x.hess_diag.tolist() == [2 + 2.0**-13, 2.0**-13, 2.0**-13]

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.curvature.oracle import Case, check
+from hesscale_lightning.curvature import backward
+from tests.curvature.oracle import Case, check, with_constants
 
 special = torch.special
 SPREAD = torch.linspace(-3.21, 3.17, 24, dtype=torch.float64).reshape(4, 6)
@@ -99,6 +100,7 @@ CASES = [
     ),
     Case("ldexp", lambda x: torch.ldexp(x, INTEGERS), [(3, 4)], ["LdexpBackward0"]),
     Case("ldexp in both", torch.ldexp, AB, ["LdexpBackward0"]),
+    Case("frexp", lambda x: torch.frexp(x).mantissa, [SPREAD], ["FrexpBackward0"]),
     Case(
         "nan_to_num",
         torch.nan_to_num,
@@ -143,10 +145,24 @@ def test_rule_equals_dense_derivatives(case: Case) -> None:
     check(case)
 
 
+@pytest.mark.parametrize("case", with_constants(CASES), ids=lambda case: case.name)
+def test_rule_with_constant_operands(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("function", [special.xlog1py, torch.xlogy])
+@pytest.mark.parametrize("number", [-3.0, -1.0, 0.0])
+def test_slope_of_a_logarithm_of_a_number_where_it_is_not_finite(
+    function: Callable[[Tensor, float], Tensor], number: float
+) -> None:
+    x = torch.tensor([2.0, 3.0], requires_grad=True)
+    backward(function(x, number).square().sum())
+    slope = function(torch.ones(2), number)
+    torch.testing.assert_close(x.hess_diag, 2 * slope * slope, equal_nan=True)
+
+
 @pytest.mark.parametrize("case", RANDOM, ids=lambda case: case.name)
 def test_samples_carry_no_curvature(case: Case) -> None:
-    from hesscale_lightning.curvature import backward
-
     inputs = case.tensors()
     y = case.operation(*inputs)
     assert case.nodes[0] == y.grad_fn.name()

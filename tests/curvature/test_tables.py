@@ -26,20 +26,16 @@ def proven() -> set[str]:
 
 
 def built_in() -> list[str]:
-    return [name for name, rule in registered_rules().items() if rule.build.__module__.startswith("hesscale_lightning")]
+    return [
+        name for name, rule in registered_rules().items() if rule.function.__module__.startswith("hesscale_lightning")
+    ]
 
 
 #: Nodes that no single process makes on the CPU, and what proves their rules instead.
 ELSEWHERE = {
     "CtcLossBackward1": "the formula of CtcLossBackward0",
-    "CudnnBatchNormBackward0": "the formula of NativeBatchNormBackward0",
-    "FusedRmsNormBackward0": "its formula, in test_normalization.py",
-    "ScaledDotProductCudnnAttentionBackward0": "the formula of ScaledDotProductFlashAttentionForCpuBackward0",
-    "ScaledDotProductEfficientAttentionBackward0": "the formula of ScaledDotProductFlashAttentionForCpuBackward0",
-    "ScaledDotProductFlashAttentionBackward0": "the formula of ScaledDotProductFlashAttentionForCpuBackward0",
-    "ScaledDotProductFusedAttentionOverrideableBackward0": (
-        "the formula of ScaledDotProductFlashAttentionForCpuBackward0"
-    ),
+    "CudnnRnnBackward0": "refused: tests/curvature/test_recurrent.py",
+    "MiopenRnnBackward0": "refused, as CudnnRnnBackward0 is",
     "BackwardHookFunctionBackward": "tests/curvature/test_engine.py, with a module's hook",
     "_DDPSinkBackward": "tests/test_callback.py, with two processes",
 }

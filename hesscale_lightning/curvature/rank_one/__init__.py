@@ -8,35 +8,27 @@ autograd delivers anyway. Only the remainder needs HesScale's recursion.
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from typing import Any
 
 from hesscale_lightning.curvature.graph import Node
 from hesscale_lightning.curvature.plan import Plan
-from hesscale_lightning.curvature.rank_one.refine import Recipe, aspects_of, make_recipe, signature
+from hesscale_lightning.curvature.rank_one.decisions import make_recipe
+from hesscale_lightning.curvature.rank_one.steps import Parts
 
-__all__ = ["Recipe", "recipe_for"]
-
-_RECIPES_PER_PLAN = 4
+__all__ = ["refine"]
 
 
-def recipe_for(plan: Plan, nodes: Sequence[Node], following: Sequence[Any], outside: Container[int]) -> Recipe:
-    """What is done differently at each step: looked up, or decided if no graph of this size has been met lately.
+def refine(plan: Plan, nodes: Sequence[Node], outside: Container[int]) -> None:
+    """Replaces the steps of a plan that meet the rank-one part, and leaves notes on where it begins and ends.
 
     Args:
-        plan: The plan of the graph's structure, which keeps its recipes.
+        plan: HesScale's, all of its steps.
         nodes: The graph's nodes by position.
-        following: Their ``next_functions``.
-        outside: Cells whose curvature is wanted itself; a plan with such is not kept, so no recipe outlives them.
+        outside: Cells whose curvature is wanted itself.
     """
-    recipes = plan.recipes
-    if not recipes:
-        recipes.append(aspects_of(plan, nodes))
-    key = signature(recipes[0], nodes)
-    for known, recipe in recipes[1:]:
-        if known == key:
-            found: Recipe = recipe
-            return found
-    recipe = make_recipe(plan, nodes, following, outside)
-    del recipes[_RECIPES_PER_PLAN:]
-    recipes.insert(1, (key, recipe))
-    return recipe
+    recipe = make_recipe(plan, nodes, outside)
+    plan.notes = [(plan.steps[note.step].rule.name, note) for note in recipe.notes]
+    parts = Parts(recipe.samples, recipe.heads)
+    plan.steps = [
+        step if use is None else step._replace(carry=parts.carry(use, step), curved=True)
+        for step, use in zip(plan.steps, recipe.uses, strict=True)
+    ]

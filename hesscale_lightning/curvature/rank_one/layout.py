@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from hesscale_lightning.curvature.registry import Operation, Rule
+from hesscale_lightning.curvature.operation import Operation
+from hesscale_lightning.curvature.registry import Rule
 from hesscale_lightning.curvature.rules.reduction import reduced_dims
-from hesscale_lightning.curvature.rules.shape import signed
 
 #: The first dimension that an operation acts along, for its input ``i``; None: samples may mix.
 FirstDim = Callable[[Operation, int], int | None]
@@ -58,12 +58,12 @@ def _acts_from(*names: str) -> Callable[[FirstDim], FirstDim]:
     "UnbindBackward0", "UnsafeSplitBackward0", "UnsafeSplitWithSizesBackward0",
 )  # fmt: skip
 def _along_dim(op: Operation, i: int) -> int | None:
-    return signed(op.node._saved_dim) % max(len(op.input_shape(i)), 1)
+    return int(op.number("dim")) % max(len(op.input_shape(i)), 1)
 
 
 @_acts_from("StackBackward0")
 def _stacks(op: Operation, _: int) -> int | None:
-    return signed(op.node._saved_dim) % len(op.output_shape())
+    return int(op.number("dim")) % len(op.output_shape())
 
 
 @_acts_from(
@@ -72,9 +72,9 @@ def _stacks(op: Operation, _: int) -> int | None:
 )  # fmt: skip
 def _along_dims(op: Operation, i: int) -> int | None:
     rank = len(op.input_shape(i))
-    if op.node.name() in ("MeanBackward0", "SumBackward0"):
+    if op.name in ("MeanBackward0", "SumBackward0"):
         return 0
-    return min(reduced_dims(op.node._saved_dim, rank), default=0)
+    return min(reduced_dims(op.number("dim"), rank), default=0)
 
 
 #: Those that act along one dimension; of the others, what lies behind the first is not left as it is.
@@ -83,7 +83,7 @@ _ONE_DIM = frozenset(_first_dims)
 
 @_acts_from("FusedRmsNormBackward0", "NativeLayerNormBackward0")
 def _normalizes_last(op: Operation, i: int) -> int | None:
-    return len(op.input_shape(0)) - len(op.node._saved_normalized_shape) if i == 0 else None
+    return len(op.input_shape(0)) - len(op.number("normalized_shape")) if i == 0 else None
 
 
 @_acts_from("NativeGroupNormBackward0")
@@ -94,7 +94,7 @@ def _normalizes_each(_: Operation, i: int) -> int | None:
 @_acts_from("CudnnBatchNormBackward0", "NativeBatchNormBackward0")
 def _normalizes_batch(op: Operation, i: int) -> int | None:
     """In eval mode the statistics are constants."""
-    return None if i or op.node._saved_training else len(op.input_shape(0))
+    return None if i or op.number("training") else len(op.input_shape(0))
 
 
 @_acts_from("ConvolutionBackward0", "ConvolutionBackward1", "MkldnnConvolutionBackward0", "MmBackward0", "MvBackward0")
@@ -124,8 +124,8 @@ def _each_product(_: Operation, __: int) -> int | None:
 )  # fmt: skip
 def _images(op: Operation, i: int) -> int | None:
     rank = len(op.input_shape(i))
-    if op.node.name() == "ConstantPadNdBackward0":
-        return rank - len(op.node._saved_pad) // 2
+    if op.name == "ConstantPadNdBackward0":
+        return rank - len(op.number("pad")) // 2
     return rank - 2
 
 
@@ -203,11 +203,11 @@ def _padded(shape: torch.Size, rank: int) -> torch.Size:
 def _permuted(op: Operation, before: torch.Size, after: torch.Size, samples: int, inner: int) -> int | None:
     """The part of the entries' numbers that counts the samples must stay together and in order."""
     rank = len(after)
-    if op.node.name() == "PermuteBackward0":
-        order = [signed(d) % rank for d in op.node._saved_dims]
+    if op.name == "PermuteBackward0":
+        order = [d % rank for d in op.number("dims")]
     else:
         order = list(range(rank))
-        a, b = signed(op.node._saved_dim0) % rank, signed(op.node._saved_dim1) % rank
+        a, b = op.number("dim0") % rank, op.number("dim1") % rank
         order[a], order[b] = order[b], order[a]
     # What each dimension of the input is made of, as sizes; those that count samples are numbered from the last.
     pieces: list[list[tuple[int, int]]] = [[] for _ in range(rank)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+
+from hesscale_lightning.curvature.values import ZERO, Value
 
 _EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
 _TINY = torch.finfo(torch.float32).tiny
@@ -12,7 +13,7 @@ _TINY = torch.finfo(torch.float32).tiny
 _ROUNDING = 32
 
 #: Taken from a row's total before something is divided by it, for the rows in which both are zero.
-_HARMLESS = torch.tensor(1e-20)
+_HARMLESS = 1e-20
 
 
 class RankOne:
@@ -24,14 +25,14 @@ class RankOne:
     """
 
     __slots__ = ("c", "samples")
-    c: Tensor
+    c: Value
 
-    def __init__(self, samples: int, c: Tensor | None = None) -> None:
+    def __init__(self, samples: int, c: Value | None = None) -> None:
         self.samples = samples
         if c is not None:
             self.c = c
 
-    def like(self, x: Tensor, inner: int) -> Tensor:
+    def like(self, x: Value, inner: int) -> Value:
         """The coefficients, broadcastable to ``x``, in which ``inner`` neighbours belong together."""
         c = self.c
         if inner * self.samples == x.numel() and x.dim() and x.shape[0] == self.samples:
@@ -40,18 +41,13 @@ class RankOne:
             return c.view(())
         return c.expand(self.samples, inner).expand(x.numel() // (self.samples * inner), -1, -1).reshape(x.shape)
 
-    def diagonal(self, g: Tensor, inner: int) -> Tensor:
+    def diagonal(self, g: Value, inner: int) -> Value:
         """``c g^2``, in this order, because ``g^2`` may underflow where c is large."""
-        return (g * self.like(g, inner)).mul_(g)
+        return g * self.like(g, inner) * g
 
-    def whole(self, g: Tensor | None, d: Tensor | None, inner: int) -> Tensor | None:
+    def whole(self, g: Value, d: Value, inner: int) -> Value:
         """``d + c g^2``: the diagonal that a remainder ``d`` belongs to."""
-        if g is None:
-            return d
-        if d is None:
-            return self.diagonal(g, inner)
-        whole = g * self.like(g, inner)
-        return torch.addcmul(d, whole, g, out=whole)
+        return d if g is ZERO else d + self.diagonal(g, inner)
 
 
 class SoftmaxHead:
@@ -67,13 +63,13 @@ class SoftmaxHead:
     """
 
     __slots__ = ("chosen", "others", "p", "passed", "total")
-    chosen: Tensor | None
-    p: Tensor
-    total: Tensor
-    others: Tensor | None
-    passed: Tensor | None
+    chosen: Value | None
+    p: Value
+    total: Value
+    others: Value | None
+    passed: Value | None
 
-    def split(self, g: Tensor) -> tuple[Tensor, Tensor]:
+    def split(self, g: Value) -> tuple[Value, Value]:
         """``c``, a column, and the number that :meth:`through` needs beside it.
 
         With t = 1 at the picked class y alone ``c = p_y / ((1 - p_y) w) = p_y / s``, where ``s = w (1 - p_y)`` is the
@@ -89,13 +85,13 @@ class SoftmaxHead:
         total, p = self.total, self.p
         if self.others is not None and self.chosen is not None:
             total = total - _HARMLESS
-            scale = self.others.sum(1, True).sub_(total, alpha=eps).reciprocal_()
+            scale = 1 / (self.others.sum(1, keepdim=True) - total * eps)
             return self.chosen / total * scale, scale
-        fit = (g * g).div_(p.clamp(min=_TINY)).sum(1, True)
-        scale = torch.maximum(fit, (total * total).mul_(eps)).clamp_(min=_TINY).reciprocal_()
+        fit = (g * g / p.clamp(min=_TINY)).sum(1, keepdim=True)
+        scale = 1 / torch.maximum(fit, total * total * eps).clamp(min=_TINY)
         return -scale * total, scale
 
-    def through(self, weight: Tensor, g: Tensor, scale: Tensor) -> Tensor:
+    def through(self, weight: Value, g: Value, scale: Value) -> Value:
         """``diag(W (H - c g g^T) W^T)``, and what comes from above.
 
         For a picked class that is ``e (W^2)^T - (e W^T)^2 / s`` with e the others' ``w p``, else
@@ -108,14 +104,16 @@ class SoftmaxHead:
         """
         square = weight * weight
         if self.others is not None:
-            first = self.others.mm(square)
-            rest = torch.addcmul(first, self.others.mm(weight).square_(), scale, value=-1)
+            first = self.others @ square
+            along = self.others @ weight
+            rest = first - along * along * scale
             # It has the sign of the first term and vanishes for two classes: what rounding leaves there is none.
             rest = rest.where(rest / first > _ROUNDING * _EPS[first.dtype], 0.0)
         else:
-            rest = self.p.mm(square).sub_(self.p.mm(weight).square_())
-            rest.addcmul_(g.mm(weight).square_(), scale, value=-1).clamp_(min=0).mul_(-self.total)
-        return rest if self.passed is None else rest.add_(self.passed.mm(square))
+            mean, along = self.p @ weight, g @ weight
+            rest = self.p @ square - mean * mean
+            rest = (rest - along * along * scale).clamp(min=0) * -self.total
+        return rest if self.passed is None else rest + self.passed @ square
 
     def _flatten(self) -> None:
         """To a matrix with a row for each row of the softmax."""
@@ -126,21 +124,23 @@ class SoftmaxHead:
         self.passed = None if self.passed is None else self.passed.reshape(shape)
 
 
-def of_diagonal(g: Tensor, h: Tensor, samples: int) -> Tensor:
+def of_diagonal(g: Value, h: Value, samples: int) -> Value:
     """``c = 1 / sum(g^2 / h)`` for ``H = diag h``, a column with an entry for each sample.
 
     Zero where g lies outside the range of H (h = 0 and g is not), where g is zero, and where the signs of h differ
     within a sample.
     """
     shares = (g * (g / h)).reshape(samples, -1)
-    shares = shares.nan_to_num_(0.0, torch.inf, -torch.inf) if shares.shape[1] > 1 else shares
-    total = shares.sum(1, keepdim=True)
     if shares.shape[1] > 1:
+        shares = shares.nan_to_num(0.0, torch.inf, -torch.inf)
+        total = shares.sum(1, keepdim=True)
         total = total.where(total.abs() >= 0.999 * shares.abs().sum(1, keepdim=True), torch.inf)
+    else:
+        total = shares.sum(1, keepdim=True)
     return total.reciprocal().where(total.abs() >= _TINY, 0.0)  # False for nan as well
 
 
-def without(h: Tensor, part: Tensor) -> Tensor:
+def without(h: Value, part: Value) -> Value:
     """``h - part``, where ``part`` has the sign of h and is no larger but for rounding."""
     rest = h - part
-    return torch.where((rest > 0) == (h > 0), rest, 0.0)
+    return rest.where((rest > 0) == (h > 0), 0.0)

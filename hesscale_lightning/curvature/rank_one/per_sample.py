@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
 from torch.nn import functional as F
 
-from hesscale_lightning.curvature.precision import full
+from hesscale_lightning.curvature.values import Value
 
 #: Most numbers in the gradients of all samples, for each number in the layer's input and output. The gradients are
 #: written once and read twice, so they must be outweighed by the products that they are sums of.
@@ -30,7 +29,7 @@ def pays(samples: int, positions: int, outputs: int, inputs: int) -> bool:
     return outputs * inputs <= _MOST_NUMBERS * positions * (outputs + inputs) and samples > 0
 
 
-def by_sample(x: Tensor, samples: int, inner: int) -> Tensor:
+def by_sample(x: Value, samples: int, inner: int) -> Value:
     """The rows of a matrix by sample: ``(samples, positions, columns)``.
 
     Args:
@@ -45,7 +44,7 @@ def by_sample(x: Tensor, samples: int, inner: int) -> Tensor:
     return x.reshape(-1, samples, together, columns).transpose(0, 1).reshape(samples, -1, columns)
 
 
-def of_weight(c: Tensor, g: Tensor, a: Tensor) -> Tensor:
+def of_weight(c: Value, g: Value, a: Value) -> Value:
     """``sum_b c_b (sum_t g_bt a_bt^T)^2``, outputs by inputs.
 
     Args:
@@ -53,24 +52,24 @@ def of_weight(c: Tensor, g: Tensor, a: Tensor) -> Tensor:
         g: Gradients, samples by positions by outputs.
         a: Inputs, samples by positions by inputs.
     """
-    gradients = g.mT.bmm(full(a)).square_()
-    return c.mT.mm(gradients.view(len(c), -1)).view(g.shape[2], a.shape[2])
+    gradients = (g.mT @ a).square()
+    return (c.mT @ gradients.reshape(len(c), -1)).view(g.shape[2], a.shape[2])
 
 
-def of_bias(c: Tensor, g: Tensor) -> Tensor:
+def of_bias(c: Value, g: Value) -> Value:
     """``sum_b c_b (sum_t g_bt)^2``; arguments as for :func:`of_weight`."""
-    return c.mT.mm(g.sum(1).square_()).view(-1)
+    return (c.mT @ g.sum(1).square()).view(-1)
 
 
 def of_kernel(
-    c: Tensor,
-    g: Tensor,
-    x: Tensor,
+    c: Value,
+    g: Value,
+    x: Value,
     kernel: tuple[int, ...],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-) -> Tensor:
+) -> Value:
     """As :func:`of_weight`, for the kernel of a convolution over one or two dimensions.
 
     Args:
@@ -86,6 +85,6 @@ def of_kernel(
     if len(size) == 1:
         x, size = x.unsqueeze(2), (1, *size)
         stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
-    patches = F.unfold(full(x), size, dilation=tuple(dilation), padding=tuple(padding), stride=tuple(stride))
-    gradients = g.flatten(2).bmm(patches.mT).square_()
-    return c.mT.mm(gradients.view(len(c), -1)).view(kernel)
+    patches = F.unfold(x, size, dilation=tuple(dilation), padding=tuple(padding), stride=tuple(stride))
+    gradients = (g.flatten(2) @ patches.mT).square()
+    return (c.mT @ gradients.reshape(len(c), -1)).view(kernel)

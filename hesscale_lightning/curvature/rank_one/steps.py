@@ -7,21 +7,18 @@ uses it once, because the square of the sample's gradient ``g_o a_i`` is a produ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from hesscale_lightning.curvature.composite import Composite
-from hesscale_lightning.curvature.graph import Node
-from hesscale_lightning.curvature.precision import full, squared
+from hesscale_lightning.curvature.operation import Operation
+from hesscale_lightning.curvature.plan import Carry, Step
 from hesscale_lightning.curvature.rank_one import per_sample
 from hesscale_lightning.curvature.rank_one.parts import RankOne, SoftmaxHead, of_diagonal, without
 from hesscale_lightning.curvature.rank_one.per_sample import by_sample
-from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, Rule
-from hesscale_lightning.curvature.rules.convolution import of_operands
-from hesscale_lightning.curvature.rules.shape import signed
+from hesscale_lightning.curvature.values import ZERO, Value
 
 
 class Use(NamedTuple):
@@ -80,33 +77,23 @@ class Parts:
             use.several,
         )
 
-    def formula(self, use: Use, op: Operation, rule: Rule) -> Formula:
-        """The formula of an operation in place of the ordinary one; it takes gradient and curvature."""
+    def carry(self, use: Use, step: Step) -> Carry:
+        """How the step carries curvature in place of the ordinary way; it takes gradient and curvature."""
         met = self._met(use)
         if use.kind == "linear":
-            return linear(op, rule.name == "AddmmBackward0", met)
+            return lambda ops, g, h: linear(ops[0], met, g, h)
         if use.kind == "convolution":
-            return convolution(op, met)
+            return lambda ops, g, h: convolution(step.carry, ops, met, g, h)
         if use.kind in ("softmax", "picked softmax"):
-            result = op.node._saved_result
-            return log_softmax(lambda: full(result).exp(), met, use.kind == "picked softmax")
-        return any_operation(rule.build(op), op.curved, met)
-
-    def of_composite(self, use: Use, formula: Formula, operations: Sequence[Operation]) -> Formula:
-        """The formula of a composite in place of the ordinary one."""
-        met = self._met(use)
-        if use.kind in ("softmax", "picked softmax"):
-            node = operations[0].node
-            x, total = node._saved_self, node._saved_result
-            return log_softmax(lambda: torch.exp(full(x) - full(total)), met, use.kind == "picked softmax")
-        return any_operation(formula, True, met)
+            return lambda ops, g, h: log_softmax(_probabilities(ops), met, use.kind == "picked softmax", g, h)
+        return lambda ops, g, h: any_operation(step.carry, ops, met, g, h)
 
 
-def _coefficients(met: Met, g: Tensor, h: Tensor | None) -> Tensor:
+def _coefficients(met: Met, g: Value, h: Value) -> Value:
     """Settles the coefficients of the part that this step splits off, and returns them without an earlier part's."""
     made, part = met.made, met.part
     assert made is not None
-    if h is None:
+    if h is ZERO:
         c = g.new_zeros(made.samples, 1)
     elif met.head is None:
         c = of_diagonal(g, h, made.samples)
@@ -119,44 +106,39 @@ def _coefficients(met: Met, g: Tensor, h: Tensor | None) -> Tensor:
 # -- any operation -----------------------------------------------------------------------------------------------------
 
 
-def any_operation(formula: Formula, curved: bool, met: Met) -> Formula:
-    """The ordinary formula, once for the inputs that take the remainder, once for those that take the whole.
-
-    Args:
-        formula: The ordinary one.
-        curved: Whether it takes the gradient.
-        met: How the step meets the rank-one part.
-    """
-    call: Callable[[Any, Any], Any] = formula if curved else lambda _, h: None if h is None else formula(h)
+def any_operation(carry: Carry, ops: Sequence[Operation], met: Met, g: Any, h: Any) -> Sequence[Value]:
+    """The ordinary formula, once for the inputs that take the remainder, once for those that take the whole."""
     kept, part, inners = met.kept, met.part, met.inners
-    nothing = (None,) * len(kept)
-
-    def passed(g: Any, h: Any) -> Diagonals:
-        if len(inners) > 1:
-            whole = h if part is None or g is None else _whole_of_all(part, g, h, inners)
-        else:
-            whole = h if part is None or g is None else part.whole(g, h, inners[0])
-            if met.made is not None and g is not None:
-                c = _coefficients(met, g, h)
-                h = None if h is None else without(h, RankOne(met.made.samples, c).diagonal(g, inners[0]))
-        of_rest: Diagonals = (call(g, h) or nothing) if any(kept) and not (g is None and h is None) else nothing
-        if all(kept):
-            return of_rest
-        of_whole: Diagonals = call(g, whole) or nothing
-        return [a if keep else b for keep, a, b in zip(kept, of_rest, of_whole, strict=True)]
-
-    return passed
+    several = isinstance(h, tuple)
+    no_gradient = all(x is ZERO for x in g) if several else g is ZERO
+    if several:
+        whole = h if part is None else tuple([part.whole(*y) for y in zip(g, h, inners, strict=True)])
+    else:
+        whole = h if part is None else part.whole(g, h, inners[0])
+        if met.made is not None and not no_gradient:
+            c = _coefficients(met, g, h)
+            if h is not ZERO:
+                h = without(h, RankOne(met.made.samples, c).diagonal(g, inners[0]))
+    of_rest = _called(carry, ops, g, h, len(kept)) if any(kept) else [ZERO] * len(kept)
+    if all(kept):
+        return of_rest
+    of_whole = _called(carry, ops, g, whole, len(kept))
+    return [a if keep else b for keep, a, b in zip(kept, of_rest, of_whole, strict=True)]
 
 
-def _whole_of_all(part: RankOne, g: Any, h: Any, inners: list[int]) -> Any:
-    h = (None,) * len(g) if h is None else h
-    return tuple([part.whole(g_y, h_y, inner) for g_y, h_y, inner in zip(g, h, inners, strict=True)])
+def _called(carry: Carry, ops: Sequence[Operation], g: Any, h: Any, count: int) -> Sequence[Value]:
+    if all(x is ZERO for x in ((*g, *h) if isinstance(h, tuple) else (g, h))):
+        return [ZERO] * count
+    results = carry(ops, g, h)
+    if isinstance(results, (tuple, list)):
+        return results
+    return [results] if count == 1 else [ZERO] * count
 
 
 def picks_one(op: Operation) -> bool:
     """Whether the operation picks one entry of each row."""
     shape = op.output_shape()
-    return op.node.name() == "GatherBackward0" and bool(shape) and shape[-1] == 1 and is_along_last(op)
+    return op.name == "GatherBackward0" and bool(shape) and shape[-1] == 1 and is_along_last(op)
 
 
 # -- log-softmax -------------------------------------------------------------------------------------------------------
@@ -165,46 +147,50 @@ def picks_one(op: Operation) -> bool:
 def is_along_last(op: Operation) -> bool:
     """Whether an operation works along the last dimension."""
     rank = len(op.output_shape())
-    return rank > 0 and signed(op.node._saved_dim) % rank == rank - 1 and not any(op.transposed)
+    return rank > 0 and op.number("dim") % rank == rank - 1 and not any(op.transposed)
 
 
-def is_log_softmax(composite: Composite, nodes: Sequence[Node]) -> bool:
+def is_log_softmax(composite: Composite, ops: Sequence[Operation]) -> bool:
     """Whether a composite is ``x - logsumexp(x, -1, keepdim=True)``."""
     return (
-        [node.name() for node in nodes] == ["LogsumexpBackward0", "SubBackward0"]
+        [op.name for op in ops] == ["LogsumexpBackward0", "SubBackward0"]
         and [member.wiring for member in composite.members] == [[~0], [~0, 0]]
         and not composite.shared
-        and bool(nodes[0]._saved_keepdim)
+        and bool(ops[0].number("keepdim"))
     )
 
 
-def log_softmax(probabilities: Callable[[], Tensor], met: Met, picked: bool) -> Formula:
+def _probabilities(ops: Sequence[Operation]) -> Value:
+    """The softmax, of log-softmax or of the composite that is one."""
+    if len(ops) == 1:
+        return ops[0].output("result").exp()
+    return (ops[0].input(0, "self") - ops[0].output("result")).exp()
+
+
+def log_softmax(p: Value, met: Met, picked: bool, g: Value, h: Value) -> tuple[Value]:
     """The ordinary rule, which leaves what it knows of the Hessian that is made here for the steps below.
 
     Args:
-        probabilities: Returns the softmax.
+        p: The softmax.
         met: How the step meets the rank-one part.
         picked: Whether the loss is a function of one log-probability in each row.
+        g: The gradient.
+        h: The curvature.
     """
     head = met.head
     assert head is not None
-
-    def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
-        if g is None:
-            g = torch.zeros_like(h)  # type: ignore[arg-type]
-        p = probabilities()
-        total = g.sum(-1, True)
-        head.p, head.total = p, total
-        head.others = (g - total).mul_(p) if picked else None
-        head.chosen = (g * p).sum(-1, True) if picked else None
-        made = torch.addcmul(p, p, p, value=-1).mul_(total).neg_()
-        if h is None:
-            head.passed = None
-            return (made,)
-        head.passed = torch.addcmul(h, p, h, value=-2).addcmul_(p * p, h.sum(-1, keepdim=True))
-        return (made.add_(head.passed),)
-
-    return formula
+    if g is ZERO:
+        g = torch.zeros_like(h)
+    total = g.sum(-1, keepdim=True)
+    head.p, head.total = p, total
+    head.others = (g - total) * p if picked else None
+    head.chosen = (g * p).sum(-1, keepdim=True) if picked else None
+    made = (p * p - p) * total
+    if h is ZERO:
+        head.passed = None
+        return (made,)
+    head.passed = h - 2 * (p * h) + p * p * h.sum(-1, keepdim=True)
+    return (made + head.passed,)
 
 
 # -- linear layers -----------------------------------------------------------------------------------------------------
@@ -214,103 +200,63 @@ _LINEAR = {"AddmmBackward0": (0, 1, 2), "MmBackward0": (None, 0, 1)}  # which in
 
 def is_linear(op: Operation) -> bool:
     """Whether the operation is ``Y = A W + b`` with a vector b that all rows share."""
-    places = _LINEAR.get(op.node.name())
+    places = _LINEAR.get(op.name)
     if places is None or op.transposed[places[1]]:
         return False
     return places[0] is None or not op.needs[0] or op.input_shape(0) == op.output_shape()[1:]
 
 
-def linear(op: Operation, added: bool, met: Met) -> Formula:
+def linear(op: Operation, met: Met, g: Value, h: Value) -> Sequence[Value]:
     """``Y = alpha A W + beta b``, with A's remainder ``diag(W H W^T) - c g_A^2`` where a known Hessian H is split here.
 
     ``diag(W H W^T)`` is ``h (W^2)^T`` for a diagonal H, and ``w (p (W^2)^T - (p W^T)^2)`` for a softmax.
 
     Args:
         op: The operation.
-        added: Whether there is a ``b``.
         met: How the step meets the rank-one part.
+        g: The gradient.
+        h: The curvature, or the remainder.
     """
-    node, alpha, beta = op.node, 1, 1
+    added = op.name == "AddmmBackward0"
     if added:
-        a, b, (need_bias, need_a, need_b) = node._saved_mat1, node._saved_mat2, op.needs
-        alpha, beta = node._saved_alpha, node._saved_beta
+        a, b = op.input(1, "mat1"), op.input(2, "mat2")
+        alpha, beta = op.number("alpha"), op.number("beta")
     else:
-        a, b, (need_a, need_b) = node._saved_self, node._saved_mat2, op.needs
-        need_bias = False
-    keep_a = met.kept[-2]
-    transposed = op.transposed[-1]
-    op.transposed[-1] = False
+        a, b, alpha, beta = op.input(0, "self"), op.input(1, "mat2"), 1, 1
+    need_a, need_b = op.needs[-2:]
     part, made, inner = met.part, met.made, met.inners[0]
+    whole = h if part is None else part.whole(g, h, inner)
+    h_a = h_b = h_bias = ZERO
+    if need_a:
+        weight = b.t() if alpha == 1 else b.t() * alpha
+        if made is not None and g is not ZERO:
+            h_a = _through_last_layer(met, weight, g, h)
+        else:
+            h_a = (h if met.kept[-2] else whole) @ (weight * weight)
     if part is not None and made is None and met.several:
-        return _linear_of_several(a, b, alpha, beta, op.needs, transposed, met)
-
-    def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
-        whole = h if part is None or g is None else part.whole(g, h, inner)
-        h_a = h_b = h_bias = None
-        if need_a:
-            weight = full(b).t()
-            if alpha != 1:
-                weight = weight * alpha
-            if made is not None and g is not None:
-                h_a = _through_last_layer(met, weight, g, h)
-            else:
-                source = h if keep_a else whole
-                h_a = None if source is None else source.mm(weight * weight)
-        if whole is not None:
-            if need_bias:
-                h_bias = whole.sum(0) if beta == 1 else whole.sum(0) * beta**2
+        h_bias, h_b = h.sum(0), (a * a).t() @ h
+        if g is not ZERO:
+            rows = by_sample(g, part.samples, inner)
+            h_bias = h_bias + per_sample.of_bias(part.c, rows)
             if need_b:
-                square = squared(a)
-                h_b = whole.t().mm(square) if transposed else square.t().mm(whole)
-                if alpha != 1:
-                    h_b = h_b * alpha**2
-        return (h_bias, h_a, h_b) if added else (h_a, h_b)
-
-    return formula
-
-
-def _linear_of_several(
-    a: Tensor, b: Tensor, alpha: float, beta: float, needs: Sequence[bool], transposed: bool, met: Met
-) -> Formula:
-    """:func:`linear` where a sample has several rows, as in a sequence."""
-    part, keep_a = met.part, met.kept[-2]
-    assert part is not None
-    need_a, need_b = needs[-2:]
-
-    def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
-        h_a = h_b = h_bias = None
-        if need_a:
-            source = h if keep_a or g is None else part.whole(g, h, met.inners[0])
-            h_a = None if source is None else source.mm((full(b).t() * alpha).square_())
-        if h is not None:
-            h_bias, h_b = h.sum(0), h.t().mm(squared(a))
-        if g is not None:
-            rows = by_sample(g, part.samples, met.inners[0])
-            inputs = by_sample(a, part.samples, met.inners[0] // g.shape[1] * a.shape[1])
-            of_bias = per_sample.of_bias(part.c, rows)
-            h_bias = of_bias if h_bias is None else h_bias.add_(of_bias)
-            if need_b:
-                of_weight = per_sample.of_weight(part.c, rows, inputs)
-                h_b = of_weight if h_b is None else h_b.add_(of_weight)
-        if h_b is not None:
-            h_b = h_b * alpha**2 if alpha != 1 else h_b
-            h_b = h_b if transposed else h_b.t()
-        if len(needs) == 2:
-            return h_a, h_b
-        return (h_bias if h_bias is None or beta == 1 else h_bias * beta**2) if needs[0] else None, h_a, h_b
-
-    return formula
+                inputs = by_sample(a, part.samples, inner // g.shape[1] * a.shape[1])
+                h_b = h_b + per_sample.of_weight(part.c, rows, inputs).t()
+    else:
+        h_bias = whole.sum(0)
+        h_b = (a * a).t() @ whole if need_b else ZERO
+    h_b = h_b * alpha**2
+    return (h_bias * beta**2, h_a, h_b) if added else (h_a, h_b)
 
 
-def _through_last_layer(met: Met, weight: Tensor, g: Tensor, h: Tensor | None) -> Tensor | None:
+def _through_last_layer(met: Met, weight: Value, g: Value, h: Value) -> Value:
     made, part, head = met.made, met.part, met.head
     assert made is not None
-    if h is None or head is None:
+    if h is ZERO or head is None:
         c = _coefficients(met, g, h)
-        if h is None:
-            return None
-        at_a = g.mm(weight)
-        return without(h.mm(weight * weight), (at_a * c).mul_(at_a))
+        if h is ZERO:
+            return ZERO
+        at_a = g @ weight
+        return without(h @ (weight * weight), at_a * c * at_a)
     c, scale = head.split(g)
     made.c = c if part is None else c + part.c
     return head.through(weight, g, scale)
@@ -321,40 +267,28 @@ def _through_last_layer(met: Met, weight: Tensor, g: Tensor, h: Tensor | None) -
 
 def is_convolution(op: Operation) -> bool:
     """Whether the operation is a convolution, of one or two dimensions, ungrouped and not transposed."""
-    node = op.node
     return (
-        node.name() == "ConvolutionBackward0"
+        op.name == "ConvolutionBackward0"
         and len(op.output_shape()) in (3, 4)
-        and node._saved_groups == 1
-        and not node._saved_transposed
+        and op.number("groups") == 1
+        and not op.number("transposed")
     )
 
 
-def convolution(op: Operation, met: Met) -> Formula:
+def convolution(carry: Carry, ops: Sequence[Operation], met: Met, g: Value, h: Value) -> Sequence[Value]:
     """The ordinary rule for the remainder, and for kernel and bias the gradients of single samples beside it."""
-    node, part = op.node, met.part
-    x, w = node._saved_input, node._saved_weight
-    stride, padding, dilation = node._saved_stride, node._saved_padding, node._saved_dilation
-    ordinary = of_operands(
-        op, x, w, node._saved_bias_sym_sizes_opt, stride, padding, dilation, False, node._saved_output_padding, 1
-    )
-    kernel, settings = tuple(w.shape), (stride, padding, dilation)
+    op, part = ops[0], met.part
     need_x, need_kernel, need_bias = op.needs
-    keep_x = met.kept[0]
     assert part is not None
-
-    def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
-        if g is None:
-            return ordinary(h)
-        if need_x and not keep_x:
-            return ordinary(part.whole(g, h, met.inners[0]))
-        h_x, h_kernel, h_bias = (None, None, None) if h is None else ordinary(h)
-        if need_kernel:
-            of_kernel = per_sample.of_kernel(part.c, g, x, kernel, *settings)
-            h_kernel = of_kernel if h_kernel is None else h_kernel.add_(of_kernel)
-        if need_bias:
-            of_bias = per_sample.of_bias(part.c, g.flatten(2).mT)
-            h_bias = of_bias if h_bias is None else h_bias.add_(of_bias)
-        return h_x, h_kernel, h_bias
-
-    return formula
+    if g is ZERO:
+        return _called(carry, ops, ZERO, h, 3)
+    if need_x and not met.kept[0]:
+        return _called(carry, ops, ZERO, part.whole(g, h, met.inners[0]), 3)
+    h_x, h_kernel, h_bias = [x or ZERO if x is None or x is False else x for x in _called(carry, ops, ZERO, h, 3)]
+    if need_kernel:
+        settings = op.number("stride"), op.number("padding"), op.number("dilation")
+        kernel = tuple(op.input_shape(1))
+        h_kernel = h_kernel + per_sample.of_kernel(part.c, g, op.input(0, "input"), kernel, *settings)
+    if need_bias:
+        h_bias = h_bias + per_sample.of_bias(part.c, g.flatten(2).mT)
+    return h_x, h_kernel, h_bias

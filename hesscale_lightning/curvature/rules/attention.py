@@ -21,129 +21,177 @@ dropped, as the recursion through the separate operations drops them:
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from hesscale_lightning.curvature.precision import full, squared
-from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, register_rule
+from hesscale_lightning.curvature.operation import Operation
+from hesscale_lightning.curvature.registry import register_rule
+from hesscale_lightning.curvature.values import Value, opaque
 
-_BLOCK = 2**22  # entries of the largest temporary tensor
+# Entries of the largest temporary tensors: on the CPU few enough for its cache, elsewhere enough to keep it busy.
+_BLOCK, _BLOCK_ELSEWHERE = 2**16, 2**22
 _safe_softmax = torch.ops.aten._safe_softmax.default
+
+
+def _no_dropout(op: Operation) -> None:
+    if op.number("dropout_p"):
+        raise op.unsupported(
+            "the mask of attention's dropout is not at hand: set its dropout to 0, or compute attention with "
+            "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
+        )
 
 
 @register_rule(
     "ScaledDotProductFlashAttentionForCpuBackward0", "ScaledDotProductFlashAttentionBackward0",
     "ScaledDotProductEfficientAttentionBackward0", "ScaledDotProductCudnnAttentionBackward0",
     "ScaledDotProductFusedAttentionOverrideableBackward0",
-    curved=True,
     approximate="for queries, products of different keys are dropped; keys, values and masks are exact",
+    check=_no_dropout,
 )  # fmt: skip
-def attention(op: Operation) -> Formula:
+def attention(op: Operation, g: Value, h: Value) -> Sequence[Value]:
     """Exact for keys, values and masks; for queries, products of different keys are dropped."""
-    node = op.node
-    if node._saved_dropout_p:
-        raise op.unsupported(
-            "the mask of attention's dropout is not at hand: set its dropout to 0, or compute attention with "
-            "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
-        )
-    query, key, value = node._saved_query, node._saved_key, node._saved_value
-    mask = getattr(node, "_saved_attn_mask" if "ForCpu" in node.name() else "_saved_attn_bias", None)
-    causal, scale = node._saved_is_causal, node._saved_scale
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    needs, inputs = [*op.needs, False][:4], len(op.needs)
-    bias_shape = op.input_shape(3) if needs[3] else None
-
-    def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
-        results = _diagonals(query, key, value, mask, causal, scale, g, h, needs)
-        if bias_shape is not None:
-            results[3] = results[3].sum_to_size(bias_shape)
-        return results[:inputs]
-
-    return formula
+    query, key, value = op.input(0, "query"), op.input(1, "key"), op.input(2, "value")
+    name = "attn_mask" if "ForCpu" in op.name else "attn_bias"
+    mask = op.tensor(name) if op.has(name) else None
+    needs = (*op.needs, False)[:4]
+    results: Sequence[Value] = _diagonals(
+        query, key, value, mask, op.number("is_causal"), op.number("scale"), g, h, needs
+    )
+    if needs[3]:
+        results = (*results[:3], results[3].sum_to_size(op.input_shape(3)))
+    return results[: len(op.needs)]
 
 
+@opaque
 def _diagonals(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float,
-    g: Tensor | None, h: Tensor | None, needs: list[bool],
-) -> list[Any]:  # fmt: skip
-    """Curvature at query, key, value and mask, in blocks of queries.
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None,
+    g: Tensor | None, h: Tensor | None, needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Curvature at query, key, value and mask, in blocks of heads and of queries.
 
-    Queries that share a head of keys and values are rows of one matrix, ``(batch, key heads, sharing heads * T, D)``.
+    Queries that share a head of keys and values are rows of one matrix: a group, of which there are ``batch * heads of
+    keys``. Seven products in all, because what meets the same matrix does so in one: k, v and their squares lie side by
+    side.
     """
-    batch, heads, length, _ = query.shape
-    shared, keys = heads // key.shape[1], key.shape[-2]
-
-    def merged(x: Tensor) -> Tensor:
-        return full(x).reshape(batch, -1, shared * length, x.shape[-1])
-
-    q, k, v = merged(query), full(key), full(value)
-    g, h = (None if x is None else merged(x) for x in (g, h))
+    batch, heads, length, size = query.shape
+    shared, keys, width = heads // key.shape[1], key.shape[-2], value.shape[-1]
+    groups, queries = batch * key.shape[1], shared * length
+    scale = 1 / math.sqrt(size) if scale is None else scale
+    sides = _side_by_side(key, value, scale)
+    q, g, h = (None if x is None else x.reshape(groups, queries, x.shape[-1]) for x in (query, g, h))
+    assert q is not None
     if mask is not None:
-        mask = mask.expand(batch, heads, length, keys).unflatten(1, (-1, shared))
-    k, v = k - k.mean(-2, keepdim=True), v - v.mean(-2, keepdim=True)  # neither moves P; differences cancel less
-    h_q = torch.zeros_like(q) if needs[0] else None
-    h_k, h_v = torch.zeros_like(k), torch.zeros_like(v)
-    h_mask = q.new_zeros(batch, heads, length, keys).unflatten(1, (-1, shared)) if needs[3] else None
-    rows = max(1, _BLOCK // max(1, q.shape[0] * q.shape[1] * keys))
+        mask = mask.expand(batch, heads, length, keys).unflatten(1, (-1, shared))  # no copy: a block's at a time
+    h_q = q.new_empty(groups, queries, size) if needs[0] else None
+    h_k = q.new_zeros(groups, keys, size) if needs[1] else None
+    h_v = q.new_zeros(groups, keys, width) if needs[2] and h is not None else None
+    h_mask = q.new_zeros(groups, queries, keys) if needs[3] else None
+    block = _BLOCK if q.device.type == "cpu" else _BLOCK_ELSEWHERE
+    rows = max(1, min(queries, block // max(1, keys)))
     if causal and length >= 64:
         rows = min(rows, -(-length // 4))  # the later keys, which a block does not see, are left out
-    for start in range(0, shared * length, rows):
-        here = slice(start, min(start + rows, shared * length))
-        entries = torch.arange(here.start, here.stop, device=q.device)
-        head, step = entries // length, entries % length
-        seen = slice(0, min(keys, start + rows) if causal and shared == 1 else keys)
-        q_t, k_t, v_t = q[:, :, here], k[:, :, seen], v[:, :, seen]
-        mask_t = None if mask is None else mask[:, :, head, step, seen]
-        p = _probabilities(q_t @ (k_t.mT * scale), mask_t, causal, step)
-        o = p @ v_t
-        square = p * p
+    together = max(1, block // max(1, rows * keys))
+    for first, start in itertools.product(range(0, groups, together), range(0, queries, rows)):
+        some, here = slice(first, min(groups, first + together)), slice(start, min(queries, start + rows))
+        seen = slice(0, min(keys, here.stop) if causal and shared == 1 else keys)
+        side, q_t = sides[some, seen], q[some, here]
+        # Of the columns 1, k^2, k, v, 1, v^2:
+        k = side[..., 1 + size : 1 + 2 * size]
+        k_and_v = side[..., 1 + size : 1 + 2 * size + width]
+        v_and_one = side[..., 1 + 2 * size : 2 + 2 * size + width]
+        v_and_square = side[..., 1 + 2 * size :]
+        p = _probabilities(q_t @ k.mT, mask, causal, some, here, seen, length)
+        center, o = (p @ k_and_v).split([size, width], -1)
         at_scores = for_queries = None
-        if h is not None:
-            h_t = h[:, :, here]
-            if needs[2]:
-                h_v[:, :, seen] += square.mT @ h_t
-            moved = h_t * o
-            apart = h_t @ squared(v_t).mT
-            apart.sub_(2 * moved @ v_t.mT).add_((moved * o).sum(-1, keepdim=True))
-            at_scores = for_queries = apart.mul_(square)
         if g is not None:
-            g_t = g[:, :, here]
-            weight = p * (g_t @ v_t.mT - (g_t * o).sum(-1, keepdim=True))
-            bent = torch.addcmul(weight, p, weight, value=-2)
-            at_scores = bent if at_scores is None else at_scores + bent
-            for_queries = weight if for_queries is None else for_queries + weight
+            g_t = g[some, here]
+            for_queries = torch.cat([g_t, -(g_t * o).sum(-1, keepdim=True)], -1) @ v_and_one.mT
+            for_queries *= p
+            at_scores = torch.addcmul(for_queries, p, for_queries, value=-2)
+        if h is not None:
+            h_t = h[some, here]
+            moved = h_t * o
+            square = p.square_()
+            if h_v is not None:
+                h_v[some, seen].baddbmm_(square.mT, h_t)
+            # sum_e (V_je - O_te)^2 h_te
+            apart = torch.cat([-2 * moved, (moved * o).sum(-1, keepdim=True), h_t], -1) @ v_and_square.mT
+            apart *= square
+            if for_queries is None or at_scores is None:
+                at_scores = for_queries = apart
+            else:
+                at_scores += apart
+                for_queries += apart
         assert at_scores is not None  # one of g and h is there
         assert for_queries is not None
-        if needs[1]:
-            h_k[:, :, seen] += at_scores.mT @ squared(q_t * scale)
+        if h_k is not None:
+            h_k[some, seen].baddbmm_(at_scores.mT, q_t.square(), alpha=scale * scale)
         if h_mask is not None:
-            h_mask[:, :, head, step, seen] = at_scores
-        if h_q is not None:
-            h_q[:, :, here] = _at_queries(p, k_t * scale, for_queries)
-    return [
+            h_mask[some, here, seen] = at_scores
+        if h_q is not None:  # sum_j w_tj (k_jd - K_td)^2
+            total, twice, once = (for_queries @ side[..., : 1 + 2 * size]).split([1, size, size], -1)
+            h_q[some, here] = (center * total).sub_(once, alpha=2).mul_(center).add_(twice)
+    return (
         None if h_q is None else h_q.view(query.shape),
-        h_k if needs[1] else None,
-        h_v if needs[2] and h is not None else None,
-        None if h_mask is None else h_mask.flatten(1, 2),
-    ]
+        None if h_k is None else h_k.view(key.shape),
+        None if h_v is None else h_v.view(value.shape),
+        None if h_mask is None else h_mask.view(batch, heads, length, keys),
+    )
 
 
-def _probabilities(scores: Tensor, mask: Tensor | None, causal: bool, step: Tensor) -> Tensor:
-    """Softmax over the keys; a query that may see none of them has only zeros."""
+def _side_by_side(key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """The columns 1, k^2, k, v, 1, v^2, with scaled keys.
+
+    A shift of all keys, or of all values, moves no probability; their means are taken off, so that differences of
+    squares cancel less.
+    """
+    groups, keys = key.shape[0] * key.shape[1], key.shape[-2]
+    size, width = key.shape[-1], value.shape[-1]
+    sides = key.new_empty(groups, keys, 2 + 2 * size + 2 * width)
+    one, k_square, k, v, one_too, v_square = sides.split([1, size, size, width, 1, width], -1)
+    key, value = key.reshape(groups, keys, size), value.reshape(groups, keys, width)
+    torch.sub(key, key.mean(-2, keepdim=True), out=k).mul_(scale)
+    torch.sub(value, value.mean(-2, keepdim=True), out=v)
+    torch.mul(k, k, out=k_square)
+    torch.mul(v, v, out=v_square)
+    one.fill_(1)
+    one_too.fill_(1)
+    return sides
+
+
+def _probabilities(
+    scores: Tensor, mask: Tensor | None, causal: bool, some: slice, here: slice, seen: slice, length: int
+) -> Tensor:
+    """Softmax over the keys; a query that may see none of them has only zeros.
+
+    Args:
+        scores: Of these groups, queries and keys; may be changed.
+        mask: ``(batch, heads of keys, sharing heads, T, S)``, or None.
+        causal: Whether later keys are hidden.
+        some: Which groups these are.
+        here: Which queries of each.
+        seen: Which keys.
+        length: T.
+    """
+    if not causal and mask is None:
+        return scores.softmax(-1)
+    entries = torch.arange(here.start, here.stop, device=scores.device)
+    head, step = entries // length, entries % length
     if causal:
-        scores = scores.masked_fill(torch.arange(scores.shape[-1], device=step.device) > step[:, None], -math.inf)
+        later = torch.arange(scores.shape[-1], device=scores.device) > step[:, None]
+        scores.masked_fill_(later, -math.inf)
     if mask is None:
         return scores.softmax(-1)
-    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + full(mask)
+    group = torch.arange(some.start, some.stop, device=scores.device)[:, None]
+    heads = mask.shape[1]
+    at_block = mask[group // heads, group % heads, head, step, seen]
+    if mask.dtype is torch.bool:
+        scores.masked_fill_(~at_block, -math.inf)
+    else:
+        scores.add_(at_block)
     p: Tensor = _safe_softmax(scores, -1)
     return p
-
-
-def _at_queries(p: Tensor, k: Tensor, weight: Tensor) -> Tensor:
-    """``sum_j weight_tj (k_jd - K_td)^2`` for one block of queries; k is scaled already."""
-    center = p @ k
-    square: Tensor = weight @ squared(k) - 2 * center * (weight @ k)
-    return square.addcmul_(center.square(), weight.sum(-1, keepdim=True))

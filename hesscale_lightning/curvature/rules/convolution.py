@@ -7,67 +7,53 @@ derivative in one operand.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Sequence
 
-from hesscale_lightning.curvature.precision import squared
-from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, register_rule
+import torch
+
+from hesscale_lightning.curvature.operation import Operation
+from hesscale_lightning.curvature.registry import register_rule
+from hesscale_lightning.curvature.values import Value
 
 _convolution_backward = torch.ops.aten.convolution_backward.default
 _conv_tbc_backward = torch.ops.aten.conv_tbc_backward.default
 
 
 @register_rule("ConvolutionBackward0", "ConvolutionBackward1", bilinear=True)
-def convolution(op: Operation) -> Formula:
+def convolution(op: Operation, h: Value) -> Sequence[Value]:
     """Any number of dimensions, strided, padded, dilated, grouped and transposed."""
-    node = op.node
-    return of_operands(
-        op, node._saved_input, node._saved_weight, node._saved_bias_sym_sizes_opt, node._saved_stride,
-        node._saved_padding, node._saved_dilation, node._saved_transposed, node._saved_output_padding,
-        node._saved_groups,
-    )  # fmt: skip
+    names = "bias_sym_sizes_opt", "stride", "padding", "dilation", "transposed", "output_padding", "groups"
+    return _of_operands(op, h, "input", *[op.number(name) for name in names])
 
 
 @register_rule(
     "MkldnnConvolutionBackward0", "SlowConv2DBackward0", "SlowConv3DBackward0", "SlowConvDilated2DBackward0",
     "SlowConvDilated3DBackward0", "SlowConvTranspose2DBackward0", "SlowConvTranspose3DBackward0", bilinear=True,
 )  # fmt: skip
-def convolution_of_one_backend(op: Operation) -> Formula:
+def convolution_of_one_backend(op: Operation, h: Value) -> Sequence[Value]:
     """Kernels called by their own names, which have saved only the settings they know."""
-    node = op.node
-    plain = [1] * len(node._saved_stride)
-    output_padding = getattr(node, "_saved_output_padding", None)
-    bias_shape = op.input_shape(2) if op.needs[2] else None
-    return of_operands(
-        op, node._saved_self, node._saved_weight, bias_shape, node._saved_stride, node._saved_padding,
-        getattr(node, "_saved_dilation", plain), output_padding is not None, output_padding or [0] * len(plain),
-        getattr(node, "_saved_groups", 1),
-    )  # fmt: skip
+    stride, padding = op.number("stride"), op.number("padding")
+    dilation = op.number("dilation") if op.has("dilation") else (1,) * len(stride)
+    transposed = op.has("output_padding")
+    output_padding = op.number("output_padding") if transposed else (0,) * len(stride)
+    groups = op.number("groups") if op.has("groups") else 1
+    bias_shape = tuple(op.input_shape(2)) if op.need(2) else None
+    return _of_operands(op, h, "self", bias_shape, stride, padding, dilation, transposed, output_padding, groups)
 
 
-def of_operands(op: Operation, x: Tensor, w: Tensor, *settings: object) -> Formula:
-    """The formula for input x and kernel w; ``settings`` are what the convolution's own backward takes after them."""
-    needs = list(op.needs)
-    need_x, need_w, _ = needs
-
-    def formula(h: Tensor) -> Diagonals:
-        # Where a diagonal is not needed, the other operand only lends its shape.
-        x_squared = squared(x) if need_w else x.to(h.dtype)
-        w_squared = squared(w) if need_x else w.to(h.dtype)
-        diagonals: Diagonals = _convolution_backward(h, x_squared, w_squared, *settings, needs)
-        return diagonals
-
-    return formula
+def _of_operands(op: Operation, h: Value, saved: str, *settings: object) -> Sequence[Value]:
+    """The rule of a node that calls its input ``saved``; ``settings`` follow in the convolution's own backward."""
+    x, w = op.input(0, saved), op.input(1, "weight")
+    # Where a diagonal is not needed, the other operand only lends its shape.
+    x_squared = (x * x if op.need(1) else x).to(h.dtype)
+    w_squared = (w * w if op.need(0) else w).to(h.dtype)
+    made = _convolution_backward(h, x_squared, w_squared, *settings, list(op.needs))
+    return [made[i] if op.need(i) else None for i in range(3)]
 
 
 @register_rule("ConvTbcBackward0", bilinear=True)
-def conv_tbc(op: Operation) -> Formula:
+def conv_tbc(op: Operation, h: Value) -> Sequence[Value]:
     """A convolution of (time, batch, channel), always with bias."""
-    node = op.node
-    x, w, b, pad = node._saved_self, node._saved_weight, node._saved_bias, node._saved_pad
-
-    def formula(h: Tensor) -> Diagonals:
-        diagonals: Diagonals = _conv_tbc_backward(h, squared(x), squared(w), b, pad)
-        return diagonals
-
-    return formula
+    x, w = op.input(0, "self"), op.input(1, "weight")
+    made = _conv_tbc_backward(h, x * x, w * w, op.input(2, "bias"), op.number("pad"))
+    return made[0], made[1], made[2]

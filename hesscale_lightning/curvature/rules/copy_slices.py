@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,68 +40,32 @@ _ADVICE = "write it out of place, for example with torch.cat, torch.stack, torch
 _MOST_NODES = 64  # of a formula of a gradient: more than any has, and little of a network
 
 
-def _recognised(op: Operation) -> tuple[Any, ...]:
-    """How :func:`_carried` is to carry curvature, as its first argument."""
+Formula = Callable[[Tensor | None, Tensor | None], Sequence[Tensor | None]]
+
+
+def _recognised(op: Operation) -> tuple[bool, Formula]:
+    """Whether there may be second derivatives, and the rule as a function of g and h; found out at every attach."""
     meta = op.node._input_metadata[0]
     count, need_x = torch.Size(meta.shape).numel(), any(op.needs[1:])
     fine = meta.dtype not in HALF and count < 2**24 and len(op.needs) < 3
     if fine and not (need_x and op.input_meta(1)[0] in HALF):
         numbers = torch.arange(1, count + 1, dtype=meta.dtype, device=meta.device)
-        found = (_regular_copy if need_x else _filling)(op, numbers)
-        if found is not None:
-            return found
-    return "entries", *_entry_by_entry(op)
+        formula = (_regular_copy if need_x else _filling)(op, numbers)
+        if formula is not None:
+            return False, formula
+    return _entry_by_entry(op)
 
 
-def _curved(op: Operation) -> bool:
-    return op.prepared[0] == "entries" and bool(op.prepared[1])
-
-
-@register_rule("torch::autograd::CopySlices", prepare=_recognised, curved=_curved)
+@register_rule("torch::autograd::CopySlices", prepare=_recognised, curved=lambda op: bool(op.prepared[0]))
 def copy_slices(op: Operation, g: Value, h: Value) -> Sequence[Value]:
     """``h_y = c_y^2 h + s_y g``, ``h_x = c_x^2 h + s_x g`` at the place where x went, summed if it went to several."""
-    return _carried(op.prepared, g, h)
+    results: Sequence[Value] = _applied(op.prepared[1], g, h)
+    return results
 
 
 @opaque
-def _carried(recognised: tuple[Any, ...], g: Tensor | None, h: Tensor | None) -> Sequence[Tensor | None]:
-    kind, *how = recognised
-    if kind == "entries":
-        return [None if partials is None else _at_entries(g, h, *partials) for partials in how[1:]]
-    if h is None:
-        return (None, None)[: how[-1]]
-    if kind == "filling":
-        overwritten, inputs = how
-        return (h.reshape(-1).index_fill(0, overwritten, 0).view(h.shape), None)[:inputs]
-    (size, strides, offset), summed, need_y, shape, dtype, _ = how
-    h = h.contiguous()
-    h_x = h.as_strided(size, strides, offset + int(h.storage_offset())).sum_to_size(shape).to(dtype, copy=True)
-    if not need_y:
-        return None, h_x
-    h_y = h.clone()
-    if not summed:
-        h_y.as_strided(size, strides, offset).zero_()
-    return h_y, h_x  # x may have been broadcast
-
-
-def _at_entries(
-    g: Tensor | None,
-    h: Tensor | None,
-    square: Tensor,
-    second: Tensor | None,
-    places: tuple[Tensor, Tensor] | None,
-    shape: torch.Size,
-    dtype: torch.dtype,
-) -> Tensor | None:
-    if places is not None:
-        at, to = places
-        g, h = (None if t is None else t.reshape(-1)[at] for t in (g, h))
-    result = None if h is None else square * h
-    if g is not None and second is not None:
-        result = second * g if result is None else result.addcmul_(second, g)
-    if result is None or places is None:
-        return result
-    return result.new_zeros(shape.numel()).index_add_(0, to, result).view(shape).to(dtype)
+def _applied(formula: Formula, g: Tensor | None, h: Tensor | None) -> Sequence[Tensor | None]:
+    return formula(g, h)
 
 
 # -- the usual cases -------------------------------------------------------------------------------------------------
@@ -116,7 +80,7 @@ def _probe(op: Operation, values: Tensor) -> list[Tensor | None] | None:
     return None if any(r is not None and r.requires_grad for r in results) else [*results, None, None][:2]
 
 
-def _filling(op: Operation, numbers: Tensor) -> tuple[Any, ...] | None:
+def _filling(op: Operation, numbers: Tensor) -> Formula | None:
     """What has overwritten a part of y needs no curvature; None if y was not just overwritten."""
     probed = _probe(op, numbers)
     if probed is None or probed[0] is None:
@@ -125,10 +89,16 @@ def _filling(op: Operation, numbers: Tensor) -> tuple[Any, ...] | None:
     overwritten = (seen != numbers).nonzero()[:, 0]
     if bool(seen[overwritten].any()):
         return None
-    return "filling", overwritten, len(op.needs)
+    inputs = len(op.needs)
+
+    def formula(g: Tensor | None, h: Tensor | None) -> Sequence[Tensor | None]:
+        h_y = None if h is None else h.reshape(-1).index_fill(0, overwritten, 0).view(h.shape)
+        return (h_y, None)[:inputs]
+
+    return formula
 
 
-def _regular_copy(op: Operation, numbers: Tensor) -> tuple[Any, ...] | None:
+def _regular_copy(op: Operation, numbers: Tensor) -> Formula | None:
     """A copy into, or a sum with, the part of y that has x's shape and some strides; None if it is something else."""
     probed = _probe(op, numbers)
     if probed is None:
@@ -140,7 +110,7 @@ def _regular_copy(op: Operation, numbers: Tensor) -> tuple[Any, ...] | None:
     for d, size in enumerate(seen_x.shape):
         corners[d + 1, d] = min(1, size - 1)
     first, *neighbours = seen_x[tuple(corners.t())].view(-1).long().tolist() if seen_x.ndim else [int(seen_x)]
-    part = tuple(seen_x.shape), tuple([n - first for n in neighbours]), first - 1
+    part = seen_x.shape, [n - first for n in neighbours], first - 1
     last = part[2] + sum((size - 1) * stride for size, stride in zip(part[0], part[1], strict=True))
     if min(part[1], default=0) < 0 or not 0 <= part[2] <= last < len(numbers):
         return None
@@ -156,7 +126,20 @@ def _regular_copy(op: Operation, numbers: Tensor) -> tuple[Any, ...] | None:
         numbers.as_strided(*part).zero_()
         if seen_y is None or not torch.equal(seen_y, numbers):
             return None
-    return "copy", part, summed, op.needs[0], op.input_shape(1), op.input_dtype(1), len(op.needs)
+    need_y, shape, dtype = op.needs[0], op.input_shape(1), op.input_dtype(1)
+
+    def formula(g: Tensor | None, h: Tensor | None) -> Sequence[Tensor | None]:
+        if h is None:
+            return None, None
+        h_y = h.clone(memory_format=torch.contiguous_format) if need_y else None
+        if h_y is not None and not summed:
+            h_y.as_strided(*part).zero_()
+        h = h.contiguous()
+        size, strides, offset = part
+        h_x = h.as_strided(size, strides, offset + int(h.storage_offset()))
+        return h_y, h_x.sum_to_size(shape).to(dtype, copy=True)  # x may have been broadcast
+
+    return formula
 
 
 # -- any operation that works entry by entry -------------------------------------------------------------------------
@@ -166,8 +149,7 @@ class _UnknownError(Exception):
     """A derivative cannot be taken."""
 
 
-def _entry_by_entry(op: Operation) -> tuple[Any, ...]:
-    """Whether there may be second derivatives, and what :func:`_at_entries` takes for each input, or None."""
+def _entry_by_entry(op: Operation) -> tuple[bool, Formula]:
     meta = op.node._input_metadata[0]
     v = torch.ones(torch.Size(meta.shape), dtype=meta.dtype, device=meta.device, requires_grad=True)
     with torch.enable_grad():
@@ -177,7 +159,43 @@ def _entry_by_entry(op: Operation) -> tuple[Any, ...]:
         except _UnknownError as error:
             raise op.unsupported(f"a part of a tensor was changed in place by {error}; {_ADVICE}") from None
     mixed = op.needs.count(True) > 1 and any(r is not None and _leads_beyond(r, v) for r in results)
-    return mixed or any(found is not None and found[1] is not None for found in partials), *partials
+    curved = mixed or any(found is not None and found.second is not None for found in partials)
+
+    def formula(g: Tensor | None, h: Tensor | None) -> Sequence[Tensor | None]:
+        return [None if found is None else found.applied(g, h) for found in partials]
+
+    return curved, formula
+
+
+class _Partials(NamedTuple):
+    """Derivatives of the entries of y by one input, squared and second.
+
+    Attributes:
+        square: For all entries, or for those of ``places``.
+        second: Likewise; None if it is zero.
+        places: Entries of y, and the entries of the input that they are made of; None where they are the same.
+        shape: Of the input.
+        dtype: Of its curvature.
+    """
+
+    square: Tensor
+    second: Tensor | None
+    places: tuple[Tensor, Tensor] | None
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def applied(self, g: Tensor | None, h: Tensor | None) -> Tensor | None:
+        """``h_x``."""
+        if self.places is not None:
+            at, _ = self.places
+            g, h = (None if t is None else t.reshape(-1)[at] for t in (g, h))
+        result = None if h is None else self.square * h
+        if g is not None and self.second is not None:
+            result = self.second * g if result is None else result.addcmul_(self.second, g)
+        if result is None or self.places is None:
+            return result
+        _, to = self.places
+        return result.new_zeros(self.shape.numel()).index_add_(0, to, result).view(self.shape).to(self.dtype)
 
 
 def _results(op: Operation, v: Tensor) -> list[Tensor | None]:
@@ -199,7 +217,8 @@ def _edge(x: Tensor) -> Edge:
 def _leads_beyond(r: Tensor, v: Tensor) -> bool:
     """Whether r was made of something else than v that requires grad."""
     probe, _ = _edge(v)
-    todo, seen = [r.grad_fn], {None, probe}
+    todo: list[Node] = [r.grad_fn]
+    seen: set[Node] = {None, probe}
     while todo:
         node = todo.pop()
         if node in seen:
@@ -211,7 +230,7 @@ def _leads_beyond(r: Tensor, v: Tensor) -> bool:
     return False
 
 
-def _partials(op: Operation, v: Tensor, r: Tensor | None, k: int) -> tuple[Any, ...] | None:
+def _partials(op: Operation, v: Tensor, r: Tensor | None, k: int) -> _Partials | None:
     if r is None or r.grad_fn is None:
         return None
     edges: list[Edge] = list(op.node.next_functions)
@@ -242,7 +261,7 @@ def _partials(op: Operation, v: Tensor, r: Tensor | None, k: int) -> tuple[Any, 
     if k == 0:
         if not all(_agree(by_v(of, irregular), values * irregular, half) for of, values in columns):
             raise _UnknownError("an operation that mixes its entries")
-        return square.view(v.shape), None if second is None else second.view(v.shape), None, shape, dtype_x
+        return _Partials(square.view(v.shape), None if second is None else second.view(v.shape), None, shape, dtype_x)
 
     if not all(bool(values.isfinite().all()) for _, values in columns):
         raise _UnknownError("an operation with an infinite derivative")
@@ -254,7 +273,7 @@ def _partials(op: Operation, v: Tensor, r: Tensor | None, k: int) -> tuple[Any, 
     assert places is not None
     if not len(numbers) or all(_agree(by_v(of, irregular), values * irregular[places], half) for of, values in columns):
         at = (first != 0 if second is None else (first != 0) | (second != 0)).nonzero()[:, 0]
-        return square[at], None if second is None else second[at], (at, places[at]), shape, dtype_x
+        return _Partials(square[at], None if second is None else second[at], (at, places[at]), shape, dtype_x)
     if second is not None:
         raise _UnknownError("an operation that mixes its entries")
 
@@ -267,7 +286,8 @@ def _partials(op: Operation, v: Tensor, r: Tensor | None, k: int) -> tuple[Any, 
     places, irregular = _places(factors, gone, numbers, half), _irregular(v.numel(), v)
     if not _agree(gone(irregular), factors * irregular[places], half):
         raise _UnknownError("an operation that mixes its entries")
-    return (factors * factors).to(dtype), None, (places, torch.arange(len(places), device=v.device)), shape, dtype_x
+    everywhere = torch.arange(len(places), device=v.device)
+    return _Partials((factors * factors).to(dtype), None, (places, everywhere), shape, dtype_x)
 
 
 def _irregular(count: int, like: Tensor) -> Tensor:

@@ -5,108 +5,95 @@ With ``Y = A^-1``, ``dY_ab/dA_ij = -Y_ai Y_jb`` and ``d2Y_ab/dA_ij^2 = 2 Y_ai Y_
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
 
-from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, register_rule
+from hesscale_lightning.curvature.operation import Operation
+from hesscale_lightning.curvature.registry import register_rule
+from hesscale_lightning.curvature.values import ZERO, Value
 
 
-def _through_inverse(y: Tensor, x: Tensor, g: Tensor | None, h: Tensor | None) -> Tensor | None:
+def _inverse(a: Value) -> Value:
+    """The inverse of what the forward pass has inverted already: without a look at whether there is one."""
+    return torch.linalg.inv_ex(a)[0]
+
+
+def _through_inverse(y: Value, x: Value, g: Value, h: Value) -> Value:
     """``(Y^2)^T h (X^2)^T + 2 Y^T o (Y^T g X^T)``: curvature at A where ``X = A^-1 B`` has g and h."""
-    total = None
-    if h is not None:
-        total = y.square().mT @ h @ x.square().mT
-    if g is not None:
-        made = 2 * y.mT * (y.mT @ g @ x.mT)
-        total = made if total is None else total + made
-    return total
+    passed = ZERO if h is ZERO else (y * y).mT @ h @ (x * x).mT
+    return passed if g is ZERO else passed + 2 * y.mT * (y.mT @ g @ x.mT)
 
 
-@register_rule("LinalgInvExBackward0", curved=True)
-def inverse(op: Operation) -> Formula:
+@register_rule("LinalgInvExBackward0")
+def inverse(op: Operation, g: Value, h: Value) -> Value:
     """``(Y^2)^T h (Y^2)^T + 2 Y^T o (Y^T g Y^T)``."""
-    y = op.node._saved_inverse
-    return lambda g, h: (_through_inverse(y, y, g, h),)
+    y = op.output("inverse")
+    return _through_inverse(y, y, g, h)
 
 
-@register_rule("LinalgSolveExBackward0", "LinalgSolveTriangularBackward0", curved=True)
-def solve(op: Operation) -> Formula:
+@register_rule("LinalgSolveExBackward0", "LinalgSolveTriangularBackward0")
+def solve(op: Operation, g: Value, h: Value) -> Any:
     """``h_B = (Y^2)^T h`` and ``h_A = (Y^2)^T h (X^2)^T + 2 Y^T o (Y^T g X^T)``, in a triangular A's triangle."""
-    node = op.node
-    triangular = node.name() == "LinalgSolveTriangularBackward0"
-    a, x, left = node._saved_self if triangular else node._saved_A, node._saved_result, node._saved_left
-    lower_of_left = triangular and node._saved_upper is not left
-    unit = triangular and node._saved_unitriangular
-    shape_a, shape_b = (op.input_shape(i) if need else None for i, need in enumerate(op.needs))
+    triangular = op.name == "LinalgSolveTriangularBackward0"
+    a, x, left = op.input(0, "self" if triangular else "A"), op.output("result"), op.number("left")
+    lower_of_left = triangular and op.number("upper") is not left
+    unit = triangular and op.number("unitriangular")
     vector = not triangular and x.dim() == a.dim() - 1
-
-    def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
-        matrix, solution = a, x
-        if vector:
-            solution, g, h = (None if t is None else t.unsqueeze(-1 if left else -2) for t in (solution, g, h))
-        if not left:  # X A = B is A^T X^T = B^T
-            matrix, solution, g, h = (None if t is None else t.mT for t in (matrix, solution, g, h))
-        identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-        if triangular:
-            y = torch.linalg.solve_triangular(matrix, identity, upper=not lower_of_left, unitriangular=unit)
-        else:
-            y = torch.linalg.inv(matrix)
-        h_a = h_b = None
-        if shape_a is not None:
-            h_a = _through_inverse(y, solution, g, h)
-            if triangular and h_a is not None:
-                h_a = h_a.tril(-1 if unit else 0) if lower_of_left else h_a.triu(1 if unit else 0)
-        if shape_b is not None and h is not None:
-            h_b = y.square().mT @ h
-        if not left:
-            h_a, h_b = (None if t is None else t.mT for t in (h_a, h_b))
-        if vector and h_b is not None:
-            h_b = h_b.squeeze(-1 if left else -2)
-        return (
-            None if h_a is None or shape_a is None else h_a.sum_to_size(shape_a),
-            None if h_b is None or shape_b is None else h_b.sum_to_size(shape_b),
-        )
-
-    return formula
+    if vector:
+        x, g, h = (t.unsqueeze(-1 if left else -2) for t in (x, g, h))
+    if not left:  # X A = B is A^T X^T = B^T
+        a, x, g, h = (t.mT for t in (a, x, g, h))
+    if triangular:
+        identity = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+        y = torch.linalg.solve_triangular(a, identity, upper=not lower_of_left, unitriangular=unit)
+    else:
+        y = _inverse(a)
+    h_a = _through_inverse(y, x, g, h) if op.need(0) else ZERO
+    if triangular:
+        h_a = h_a.tril(-1 if unit else 0) if lower_of_left else h_a.triu(1 if unit else 0)
+    h_b = ZERO if h is ZERO or not op.need(1) else (y * y).mT @ h
+    if not left:
+        h_a, h_b = h_a.mT, h_b.mT
+    if vector:
+        h_b = h_b.squeeze(-1 if left else -2)
+    return (
+        h_a.sum_to_size(op.input_shape(0)) if op.need(0) else None,
+        h_b.sum_to_size(op.input_shape(1)) if op.need(1) else None,
+    )
 
 
 @register_rule("LinalgDetBackward0")
-def det(op: Operation) -> Formula:
-    """Linear in each entry: ``(det Y_ji)^2 h``."""
-    a, result = op.node._saved_A, op.node._saved_result
-    return lambda h: (torch.linalg.inv(a).mT.square() * (result.square() * h)[..., None, None],)
+def det(op: Operation, h: Value) -> Value:
+    """Linear in each entry: ``(det Y_ji)^2 h``, the squared cofactors."""
+    a = op.input(0, "A")
+    # As in torch's gradient, a singular matrix is moved by rounding: its cofactors need not be zero.
+    factored = torch.linalg.lu_factor_ex(a)
+    pivots = factored[0].diagonal(0, -2, -1)
+    moved = factored[0] + torch.diag_embed((pivots == 0) * torch.finfo(a.dtype).eps)
+    y = torch.linalg.lu_solve(moved, factored[1], torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)).mT
+    cofactors = y * moved.diagonal(0, -2, -1).prod(-1)[..., None, None]  # but for their sign
+    return cofactors * cofactors * h[..., None, None]
 
 
-@register_rule("LinalgSlogdetBackward0", curved=True, multi_output=True)
-def slogdet(op: Operation) -> Formula:
+@register_rule("LinalgSlogdetBackward0", multi_output=True)
+def slogdet(op: Operation, g: Any, h: Any) -> Value:
     """``Y_ji^2 (h - g)``; the sign is flat."""
-    a = op.node._saved_A
-
-    def formula(g: tuple[Tensor | None, ...] | None, h: tuple[Tensor | None, ...] | None) -> Diagonals:
-        g_log, h_log = (None if t is None else t[1] for t in (g, h))
-        weight = h_log if g_log is None else -g_log if h_log is None else h_log - g_log
-        return (None if weight is None else torch.linalg.inv(a).mT.square() * weight[..., None, None],)
-
-    return formula
+    weight = h[1] - g[1] if g[1] is not ZERO else h[1]
+    if weight is ZERO:
+        return ZERO
+    y = _inverse(op.input(0, "A")).mT
+    return y * y * weight[..., None, None]
 
 
 @register_rule("LinalgCrossBackward0")
-def cross(op: Operation) -> Formula:
+def cross(op: Operation, h: Value) -> Any:
     """``y_1 = a_2 b_3 - a_3 b_2`` and so on: each entry of a meets the two others of b."""
-    node = op.node
-    a, b, dim = node._saved_self, node._saved_other, node._saved_dim
-    dim = dim - 2**64 if dim >= 2**63 else dim
-    shapes = [op.input_shape(i) if need else None for i, need in enumerate(op.needs)]
+    a, b, dim = op.input(0, "self"), op.input(1, "other"), op.number("dim")
 
-    def formula(h: Tensor) -> Diagonals:
-        results: list[Tensor | None] = []
-        for other, shape in zip((b, a), shapes, strict=True):
-            if shape is None:
-                results.append(None)
-                continue
-            square = other.square()
-            both = square.roll(1, dim) * h.roll(-1, dim) + square.roll(-1, dim) * h.roll(1, dim)
-            results.append(both.sum_to_size(shape))
-        return results
+    def of(other: Value, i: int) -> Value:
+        square = other * other
+        both = square.roll(1, dim) * h.roll(-1, dim) + square.roll(-1, dim) * h.roll(1, dim)
+        return both.sum_to_size(op.input_shape(i))
 
-    return formula
+    return of(b, 0) if op.need(0) else None, of(a, 1) if op.need(1) else None

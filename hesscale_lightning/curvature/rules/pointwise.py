@@ -1,7 +1,7 @@
 """Functions of one tensor, entry by entry: ``h_x = f'(x)^2 h + f''(x) g``.
 
-Most rows of this file are ``unary(name, saved tensor, f', f'')``, the derivatives written in what the node saved: its
-input (``self``) or its result. An ``f''`` of None says that it is zero wherever it exists.
+Most rows of this file are ``unary(name, saved, f', f'')``, the derivatives written in what the node saved: its input
+(``self``) or its result. An ``f''`` of None says that it is zero wherever it exists.
 """
 
 from __future__ import annotations
@@ -11,42 +11,27 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from hesscale_lightning.curvature.elementwise import elementwise
-from hesscale_lightning.curvature.precision import full
-from hesscale_lightning.curvature.registry import Diagonals, Formula, Operation, Partials, register_rule
-from hesscale_lightning.curvature.values import Value
+from hesscale_lightning.curvature.operation import Operation
+from hesscale_lightning.curvature.registry import register_rule
+from hesscale_lightning.curvature.values import ZERO, Value
 
-Derivative = Callable[[Tensor], Tensor]
+Derivative = Callable[[Value], Value]
 
 
-def unary(
-    name: str,
-    saved: str,
-    first: Derivative,
-    second: Derivative | None,
-    formula: Callable[[Operation], Formula] | None = None,
-) -> None:
-    """Registers ``y = f(x)`` by ``f'`` and ``f''``, functions of the tensor that the node saved."""
-    attribute = f"_saved_{saved}"
+def unary(name: str, saved: str, first: Derivative, second: Derivative | None) -> None:
+    """Registers ``y = f(x)`` by ``f'`` and ``f''``, functions of the node's ``"self"`` (x) or ``"result"`` (y)."""
 
-    def rule(op: Operation) -> Callable[[bool], Partials]:
-        tensor = getattr(op.node, attribute)
+    def rule(op: Operation) -> Any:
+        x = op.output(saved) if saved == "result" else op.input(0, saved)
+        return first(x), None if second is None else second(x)
 
-        def partials(curved: bool) -> Partials:
-            x = full(tensor)
-            return (first(x),), {(0, 0): second(x)} if curved and second is not None else {}
-
-        return partials
-
-    elementwise(name, curved=second is not None, formula=formula)(rule)
+    register_rule(name, elementwise=True, curved=second is not None)(rule)
 
 
 # Masks let NaN through where torch's gradients do: ``~(x <= 0)`` rather than ``x > 0``.
 
-# -- activations
-# --------------------------------------------------------------------------------------------------------
+# -- activations -----------------------------------------------------------------------------------------------------
 
 _threshold_backward = torch.ops.aten.threshold_backward.default
 
@@ -78,6 +63,46 @@ def sigmoid(op: Operation) -> Any:
     return s, s * (1 - 2 * y)
 
 
+@register_rule("SiluBackward0", elementwise=True)
+def silu(op: Operation) -> Any:
+    """With ``s = sigmoid(x)`` and ``s' = s (1 - s)``: ``s + x s'`` and ``s' (2 + x (1 - 2 s))``."""
+    x = op.input(0, "self")
+    s = x.sigmoid()
+    slope = s * (1 - s)
+    return s + x * slope, slope * (2 + x * (1 - 2 * s))
+
+
+@register_rule("MishBackward0", elementwise=True)
+def mish(op: Operation) -> Any:
+    """``x t``, ``t = tanh(softplus(x))``, ``t' = s (1 - t^2)``: ``t + x t'`` and ``t' (2 + x (1 - s - 2 s t))``."""
+    x = op.input(0, "self")
+    t, s = torch.nn.functional.softplus(x).tanh(), x.sigmoid()
+    slope = s * (1 - t * t)
+    return t + x * slope, slope * (2 + x * (1 - s - 2 * s * t))
+
+
+@register_rule("LogSigmoidBackward0", elementwise=True)
+def log_sigmoid(op: Operation) -> Any:
+    """With ``s = sigmoid(-x)``: ``s`` and ``-s (1 - s)``."""
+    s = torch.sigmoid(-op.input(0, "self"))
+    return s, s * s - s
+
+
+@register_rule("GeluBackward0", elementwise=True)
+def gelu(op: Operation) -> Any:
+    """``x Phi(x)``: ``f' = Phi + x phi``, ``f'' = (2 - x^2) phi``; or the tanh form, with ``tanh(c (x + a x^3))``."""
+    x = op.input(0, "self")
+    square = x * x
+    if op.number("approximate") == "none":
+        density = torch.exp(-0.5 * square) * (1 / math.sqrt(2 * math.pi))
+        return 0.5 * (1 + torch.erf(x * math.sqrt(0.5))) + x * density, (2 - square) * density
+    c, a = math.sqrt(2 / math.pi), 0.044715
+    t = torch.tanh(c * x * (1 + a * square))
+    slope = c * (1 + 3 * a * square)
+    decay = 1 - t * t
+    return 0.5 * (1 + t + x * decay * slope), decay * (slope + 3 * a * c * square - x * t * slope * slope)
+
+
 unary(
     "HardswishBackward0",
     "self",
@@ -87,184 +112,97 @@ unary(
 unary("HardsigmoidBackward0", "self", lambda x: (x.abs() < 3).to(x.dtype) / 6, None)
 
 
-def _silu_second(x: Tensor) -> Tensor:
-    s = x.sigmoid()
-    return s * (1 - s) * (2 + x * (1 - 2 * s))
+def _input_or_result(op: Operation) -> Value:
+    """The input, or the result where the operation was done in place."""
+    return op.output("result") if op.has("result") else op.input(0, "self")
 
 
-def _silu_first(x: Tensor) -> Tensor:
-    s = x.sigmoid()
-    return s * (1 + x * (1 - s))
+def _two_slopes(x: Value, below: float) -> Value:
+    """1 above zero."""
+    return torch.full_like(x, below).masked_fill(x > 0, 1.0)
 
 
-unary("SiluBackward0", "self", _silu_first, _silu_second)
+@register_rule("LeakyReluBackward0", "LeakyReluBackward1", elementwise=True, curved=False)
+def leaky_relu(op: Operation) -> Any:
+    """Slope 1 above zero and ``negative_slope`` below."""
+    return _two_slopes(_input_or_result(op), op.number("negative_slope")), None
 
 
-def _mish_first(x: Tensor) -> Tensor:
-    t, s = torch.nn.functional.softplus(x).tanh(), x.sigmoid()
-    return t + x * s * (1 - t * t)
+@register_rule("RreluWithNoiseBackward0", "RreluWithNoiseBackward1", elementwise=True, curved=False)
+def rrelu(op: Operation) -> Any:
+    """The slopes that were drawn, or outside training 1 above zero and ``(lower + upper) / 2`` below."""
+    if op.number("training"):
+        return op.tensor("noise"), None
+    return _two_slopes(_input_or_result(op), (op.number("lower") + op.number("upper")) / 2), None
 
 
-def _mish_second(x: Tensor) -> Tensor:
-    """``t' (2 + x (1 - s) - 2 x s t)`` with ``t = tanh(softplus(x))``, ``t' = s (1 - t^2)``."""
-    t, s = torch.nn.functional.softplus(x).tanh(), x.sigmoid()
-    return s * (1 - t * t) * (2 + x * (1 - s) - 2 * x * s * t)
-
-
-unary("MishBackward0", "self", _mish_first, _mish_second)
-
-
-def _log_sigmoid_second(x: Tensor) -> Tensor:
-    s = x.sigmoid()
-    return -s * (1 - s)
-
-
-unary("LogSigmoidBackward0", "self", lambda x: torch.sigmoid(-x), _log_sigmoid_second)
-
-
-@elementwise("GeluBackward0")
-def gelu(op: Operation) -> Callable[[bool], Partials]:
-    """``x Phi(x)``: ``f' = Phi + x phi``, ``f'' = (2 - x^2) phi``; or the tanh form, with ``tanh(c (x + a x^3))``."""
-    saved, form = op.node._saved_self, op.node._saved_approximate
-
-    def exact(curved: bool) -> Partials:
-        x = full(saved)
-        density = torch.exp(-0.5 * x * x).mul_(1 / math.sqrt(2 * math.pi))
-        first = torch.erf(x * math.sqrt(0.5)).add_(1).mul_(0.5).addcmul_(x, density)
-        return (first,), {(0, 0): torch.addcmul(2 * density, x * x, density, value=-1)} if curved else {}
-
-    def tanh(curved: bool) -> Partials:
-        x = full(saved)
-        c, a = math.sqrt(2 / math.pi), 0.044715
-        square = x * x
-        t = torch.tanh(c * x * (1 + a * square))
-        slope = c * (1 + 3 * a * square)
-        decay = 1 - t * t
-        first = 0.5 * (1 + t) + 0.5 * x * decay * slope
-        if not curved:
-            return (first,), {}
-        return (first,), {(0, 0): decay * (slope + 3 * a * c * square - x * t * slope * slope)}
-
-    return exact if form == "none" else tanh
-
-
-@elementwise("LeakyReluBackward0", curved=False)
-def leaky_relu(op: Operation) -> Callable[[bool], Partials]:
-    x, slope = op.node._saved_self, op.node._saved_negative_slope
-    return lambda _: ((_two_slopes(full(x), 1.0, slope),), {})
-
-
-@elementwise("LeakyReluBackward1", curved=False)
-def leaky_relu_(op: Operation) -> Callable[[bool], Partials]:
-    y, slope = op.node._saved_result, op.node._saved_negative_slope
-    return lambda _: ((_two_slopes(full(y), 1.0, slope),), {})
-
-
-def _two_slopes(x: Tensor, above: float, below: float) -> Tensor:
-    return torch.full_like(x, below).masked_fill_(x > 0, above)
-
-
-@elementwise("RreluWithNoiseBackward0", "RreluWithNoiseBackward1", curved=False)
-def rrelu(op: Operation) -> Callable[[bool], Partials]:
-    node = op.node
-    x = node._saved_result if node.name() == "RreluWithNoiseBackward1" else node._saved_self
-    noise = node._saved_noise
-    if node._saved_training:
-        return lambda _: ((full(noise),), {})
-    slope = (node._saved_lower + node._saved_upper) / 2
-    return lambda _: ((_two_slopes(full(x), 1.0, slope),), {})
-
-
-def _elu(x_or_y: Tensor, is_result: bool, alpha: float, scale: float, input_scale: float, curved: bool) -> Partials:
-    """Above zero ``c``; below ``c alpha k e^(k x)`` and ``c alpha k^2 e^(k x)``, ``c`` the scale, ``k`` the input's."""
-    x = full(x_or_y)
-    below = (x + scale * alpha) if is_result else scale * alpha * torch.exp(input_scale * x.clamp(max=0))
+def _elu(op: Operation, alpha: float, scale: float, input_scale: float) -> Any:
+    x = _input_or_result(op)
+    below = x + scale * alpha if op.has("result") else scale * alpha * torch.exp(input_scale * x.clamp(max=0))
     positive = x > 0
-    second = {(0, 0): (below * input_scale**2).masked_fill(positive, 0)} if curved else {}
-    return ((below * input_scale).masked_fill(positive, scale),), second
+    return (below * input_scale).masked_fill(positive, scale), (below * input_scale**2).masked_fill(positive, 0)
 
 
-@elementwise("EluBackward0", "EluBackward1")
-def elu(op: Operation) -> Callable[[bool], Partials]:
-    node = op.node
-    is_result = node.name() == "EluBackward1"  # the in-place form
-    saved = node._saved_result if is_result else node._saved_self
-    alpha, scale, input_scale = node._saved_alpha, node._saved_scale, node._saved_input_scale
-    return lambda curved: _elu(saved, is_result, alpha, scale, input_scale, curved)
+@register_rule("EluBackward0", "EluBackward1", elementwise=True)
+def elu(op: Operation) -> Any:
+    """Above zero ``c``; below ``c alpha k e^(k x)`` and ``c alpha k^2 e^(k x)``, ``c`` the scale, ``k`` the input's."""
+    return _elu(op, op.number("alpha"), float(op.number("scale")), float(op.number("input_scale")))
 
 
-@elementwise("CeluBackward0", "CeluBackward1")
-def celu(op: Operation) -> Callable[[bool], Partials]:
-    node = op.node
-    is_result = node.name() == "CeluBackward1"
-    saved, alpha = node._saved_result if is_result else node._saved_self, node._saved_alpha
-    return lambda curved: _elu(saved, is_result, alpha, 1.0, 1.0 / alpha, curved)
+@register_rule("CeluBackward0", "CeluBackward1", elementwise=True)
+def celu(op: Operation) -> Any:
+    """Above zero 1; below ``e^(x / alpha)`` and ``e^(x / alpha) / alpha``."""
+    alpha = op.number("alpha")
+    return _elu(op, alpha, 1.0, 1.0 / alpha)
 
 
-@elementwise("SoftplusBackward0")
-def softplus(op: Operation) -> Callable[[bool], Partials]:
+@register_rule("SoftplusBackward0", elementwise=True)
+def softplus(op: Operation) -> Any:
     """``s = sigmoid(beta x)`` and ``beta s (1 - s)`` below the threshold, 1 and 0 above."""
-    saved, beta, threshold = op.node._saved_self, op.node._saved_beta, op.node._saved_threshold
-
-    def partials(curved: bool) -> Partials:
-        x = full(saved) * beta
-        s = torch.sigmoid(x)
-        linear = x > threshold
-        second = {(0, 0): (beta * s * (1 - s)).masked_fill(linear, 0)} if curved else {}
-        return (s.masked_fill(linear, 1),), second
-
-    return partials
+    beta = float(op.number("beta"))
+    x = op.input(0, "self") * beta
+    s, linear = torch.sigmoid(x), x > op.number("threshold")
+    return s.masked_fill(linear, 1), (beta * s * (1 - s)).masked_fill(linear, 0)
 
 
-@elementwise("HardtanhBackward0", curved=False)
-def hardtanh(op: Operation) -> Callable[[bool], Partials]:
-    x, low, high = op.node._saved_self, op.node._saved_min_val, op.node._saved_max_val
-    return lambda _: ((~((x <= low) | (x >= high)),), {})
+@register_rule("HardtanhBackward0", elementwise=True, curved=False)
+def hardtanh(op: Operation) -> Any:
+    """Slope 1 between the bounds."""
+    x = op.input(0, "self")
+    return ~((x <= op.number("min_val")) | (x >= op.number("max_val"))), None
 
 
-@elementwise("ThresholdBackward0", "ThresholdBackward1", curved=False)
-def threshold(op: Operation) -> Callable[[bool], Partials]:
-    x, bound = op.node._saved_self, op.node._saved_threshold
-    return lambda _: ((~(x <= bound),), {})
+@register_rule("ThresholdBackward0", "ThresholdBackward1", elementwise=True, curved=False)
+def threshold(op: Operation) -> Any:
+    """Slope 1 above the threshold."""
+    return ~(op.input(0, "self") <= op.number("threshold")), None
 
 
-@elementwise("HardshrinkBackward0", "SoftshrinkBackward0", curved=False)
-def shrink(op: Operation) -> Callable[[bool], Partials]:
-    x, bound = op.node._saved_self, op.node._saved_lambd
-    return lambda _: ((~(x.abs() <= bound),), {})
+@register_rule("HardshrinkBackward0", "SoftshrinkBackward0", elementwise=True, curved=False)
+def shrink(op: Operation) -> Any:
+    """Slope 1 beyond ``lambd`` on both sides of zero."""
+    return ~(op.input(0, "self").abs() <= op.number("lambd")), None
 
 
-@elementwise("PreluKernelBackward0", curved=False)
-def prelu(op: Operation) -> Callable[[bool], Partials]:
+@register_rule("PreluKernelBackward0", elementwise=True, curved=False)
+def prelu(op: Operation) -> Any:
     """``x`` above zero, ``w x`` below."""
-    x, w = op.node._saved_self, op.node._saved_weight
-
-    def partials(_: bool) -> Partials:
-        below = x <= 0
-        by_x = torch.where(below, full(w), 1.0)
-        return (by_x, full(x).where(below, 0.0)), {(0, 1): below.to(by_x.dtype)}
-
-    return partials
+    x, w = op.input(0, "self"), op.input(1, "weight")
+    below = x <= 0
+    return (torch.where(below, w, 1.0), x.where(below, 0.0)), {(0, 1): below.to(x.dtype)}
 
 
-@register_rule("GluBackward0", curved=True)
-def glu(op: Operation) -> Formula:
+@register_rule("GluBackward0")
+def glu(op: Operation, g: Value, h: Value) -> Value:
     """``a sigmoid(b)`` of the two halves of x: ``s^2 h`` and ``(a s')^2 h + a s'' g``."""
-    saved, dim = op.node._saved_self, op.node._saved_dim
-    dim = dim - 2**64 if dim >= 2**63 else dim
-
-    def formula(g: Tensor | None, h: Tensor | None) -> Diagonals:
-        a, b = full(saved).chunk(2, dim)
-        s = torch.sigmoid(b)
-        slope = s * (1 - s)
-        h_a, h_b = (torch.zeros_like(a),) * 2
-        if h is not None:
-            h_a, h_b = s.square() * h, (a * slope).square() * h
-        if g is not None:
-            h_b = h_b + a * slope * (1 - 2 * s) * g
-        return (torch.cat([h_a, h_b], dim),)
-
-    return formula
+    x, dim = op.input(0, "self"), op.number("dim")
+    half = op.input_shape(0)[dim] // 2
+    a, s = x.narrow(dim, 0, half), torch.sigmoid(x.narrow(dim, half, half))
+    slope = a * s * (1 - s)
+    h_a, h_b = s * s * h, slope * (slope * h + (1 - 2 * s) * g)
+    if h_b is ZERO:
+        return ZERO
+    return torch.cat([torch.zeros_like(a) if h_a is ZERO else h_a, h_b], dim)
 
 
 # -- clamping --------------------------------------------------------------------------------------------------------
@@ -280,22 +218,18 @@ def _gradient_at_bound() -> bool:
 _INCLUSIVE = _gradient_at_bound()
 
 
-def between(x: Tensor, low: float | Tensor | None, high: float | Tensor | None) -> Tensor:
-    """Where clamping lets the gradient through."""
-    inside = torch.ones_like(x, dtype=torch.bool)
-    if low is not None:
-        inside = inside & (x >= low if _INCLUSIVE else x > low)
-    if high is not None:
-        inside = inside & (x <= high if _INCLUSIVE else x < high)
-    return inside
+def between(x: Value, low: Value | None, high: Value | None) -> Value:
+    """Where clamping lets the gradient through; one of the bounds may be missing."""
+    above = None if low is None else x >= low if _INCLUSIVE else x > low
+    below = None if high is None else x <= high if _INCLUSIVE else x < high
+    return below if above is None else above if below is None else above & below
 
 
-@elementwise("ClampBackward1", "ClampMinBackward0", "ClampMaxBackward0", curved=False)
-def clamp(op: Operation) -> Callable[[bool], Partials]:
+@register_rule("ClampBackward1", "ClampMinBackward0", "ClampMaxBackward0", elementwise=True, curved=False)
+def clamp(op: Operation) -> Any:
     """Bounds are numbers."""
-    x = op.node._saved_self
-    low, high = getattr(op.node, "_saved_min", None), getattr(op.node, "_saved_max", None)
-    return lambda _: ((between(x, low, high),), {})
+    low, high = (op.operand(name) if op.has(name) else None for name in ("min", "max"))
+    return between(op.input(0, "self"), low, high), None
 
 
 # -- elementary functions --------------------------------------------------------------------------------------------
@@ -338,53 +272,37 @@ unary("DigammaBackward0", "self", lambda x: torch.polygamma(1, x), lambda x: tor
 unary("AbsBackward0", "self", torch.sgn, None)
 
 
-@elementwise("NegBackward0", curved=False, formula=lambda op: lambda h: (h,))
-def neg(op: Operation) -> Callable[[bool], Partials]:
-    return lambda _: ((-1.0,), {})
+@register_rule("NegBackward0", elementwise=True, curved=False)
+def neg(op: Operation) -> Any:
+    """Slope -1."""
+    return -1.0, None
 
 
-@elementwise(
-    "RoundBackward0",
-    "RoundBackward1",
-    "FloorBackward0",
-    "CeilBackward0",
-    "TruncBackward0",
-    "SignBackward0",
-    curved=False,
-)
-def flat(op: Operation) -> Callable[[bool], Partials]:
+@register_rule(
+    "RoundBackward0", "RoundBackward1", "FloorBackward0", "CeilBackward0", "TruncBackward0", "SignBackward0",
+    elementwise=True, curved=False,
+)  # fmt: skip
+def flat(op: Operation) -> Any:
     """Zero slope."""
-    return lambda _: ((0.0,), {})
+    return 0.0, None
 
 
-@elementwise("LogitBackward0")
-def logit(op: Operation) -> Callable[[bool], Partials]:
+@register_rule("LogitBackward0", elementwise=True)
+def logit(op: Operation) -> Any:
     """``1 / (x (1 - x))`` and ``(2 x - 1) / (x (1 - x))^2``, zero where ``eps`` clamps."""
-    saved, eps = op.node._saved_self, op.node._saved_eps
-
-    def partials(curved: bool) -> Partials:
-        x = full(saved)
-        first = 1 / (x * (1 - x))
-        second = first * first * (2 * x - 1)
-        if eps is not None:
-            outside = (x < eps) | (x > 1 - eps)
-            first, second = first.masked_fill(outside, 0), second.masked_fill(outside, 0)
-        return (first,), {(0, 0): second}
-
-    return partials
+    x, eps = op.input(0, "self"), op.number("eps")
+    first = 1 / (x * (1 - x))
+    if eps is not None:
+        first = first.masked_fill((x < eps) | (x > 1 - eps), 0)
+    return first, first * first * (2 * x - 1)
 
 
-@elementwise("PowBackward0")
-def pow_scalar(op: Operation) -> Callable[[bool], Partials]:
+@register_rule("PowBackward0", elementwise=True, curved=lambda op: op.number("exponent") not in (0, 1))
+def pow_scalar(op: Operation) -> Any:
     """``x^n``: ``n x^(n-1)`` and ``n (n-1) x^(n-2)``."""
-    saved, n = op.node._saved_self, float(op.node._saved_exponent)
+    x, n = op.input(0, "self"), float(op.number("exponent"))
     if n in (0.0, 1.0):
-        op.curved = False
-        return lambda _: ((n,), {})
-
-    def partials(curved: bool) -> Partials:
-        x = full(saved)
-        first = 2 * x if n == 2 else n * x ** (n - 1)
-        return (first,), {(0, 0): 2.0 if n == 2 else n * (n - 1) * x ** (n - 2)} if curved else {}
-
-    return partials
+        return n, None
+    if n == 2.0:
+        return 2 * x, 2.0
+    return n * x ** (n - 1), n * (n - 1) * x ** (n - 2)

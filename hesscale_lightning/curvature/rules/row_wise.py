@@ -8,12 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hesscale_lightning.curvature.precision import full
-from hesscale_lightning.curvature.registry import Operation
+from hesscale_lightning.curvature.operation import Operation
 from hesscale_lightning.curvature.rows import (
     RowOperation,
     Taylor,
     Terms,
+    is_number,
+    last,
     plus,
     row_wise,
     scaled,
@@ -23,19 +24,15 @@ from hesscale_lightning.curvature.rows import (
     through_softmax,
     times,
 )
-from hesscale_lightning.curvature.rules.shape import carried
-from hesscale_lightning.curvature.straight_line import Factor, Symbol
-
-_WRAP = 2**64  # a node shows a negative dimension as an unsigned number
+from hesscale_lightning.curvature.values import Value, opaque
 
 
 def _is_last(dim: int, rank: int) -> bool:
-    dim = dim - _WRAP if dim > _WRAP >> 1 else dim
     return rank > 0 and dim % rank == rank - 1
 
 
 def _reduces_last(op: Operation) -> bool:
-    dims = op.node._saved_dim
+    dims = op.number("dim")
     rank = len(op.input_shape(0))
     return dims is not None and len(dims) == 1 and _is_last(dims[0], rank)
 
@@ -46,12 +43,12 @@ def total(op: Operation) -> RowOperation | None:
     if not _reduces_last(op):
         return None
     width = op.input_shape(0)[-1]
-    weight = 1 / width if op.node.name() == "MeanBackward1" else 1.0
+    weight = 1 / width if op.name == "MeanBackward1" else 1.0
 
     def apply(x: Taylor) -> Taylor:
         return Taylor(summed(x.first, width, weight), summed(x.second, width, weight))
 
-    return RowOperation(apply, not op.node._saved_keepdim, True)
+    return RowOperation(apply, not op.number("keepdim"), True)
 
 
 @row_wise("LogsumexpBackward0")
@@ -59,111 +56,102 @@ def logsumexp(op: Operation) -> RowOperation | None:
     """``y = log sum_j exp x_j``."""
     if not _reduces_last(op):
         return None
-    x, y, keepdim = op.node._saved_self, op.node._saved_result, op.node._saved_keepdim
-    width = x.shape[-1]
+    width, keepdim = op.input_shape(0)[-1], op.number("keepdim")
 
-    def probabilities() -> tuple[Tensor]:
-        total = full(y) if keepdim else full(y).unsqueeze(-1)
-        return (torch.exp(full(x) - total),)
+    def apply(u: Taylor) -> Taylor:
+        total = op.output("result")
+        p = (op.input(0, "self") - (total if keepdim else total.unsqueeze(-1))).exp()
+        return through_logsumexp(u, p, width)
 
-    return RowOperation(lambda u, p: through_logsumexp(u, p, width), not keepdim, True, probabilities)
+    return RowOperation(apply, not keepdim, True)
 
 
 @row_wise("SoftmaxBackward0", "LogSoftmaxBackward0")
 def softmax(op: Operation) -> RowOperation | None:
     """The probabilities ``softmax(x)``, or their logarithms."""
-    result = op.node._saved_result
-    if not _is_last(op.node._saved_dim, result.dim()):
+    shape = op.output_shape()
+    if not _is_last(op.number("dim"), len(shape)):
         return None
-    width, plain = result.shape[-1], op.node.name() == "SoftmaxBackward0"
-
-    def probabilities() -> tuple[Tensor]:
-        return (full(result) if plain else full(result).exp(),)
-
-    through = through_softmax if plain else through_log_softmax
-    return RowOperation(lambda u, p: through(u, p, width), None, True, probabilities)
+    width = shape[-1]
+    if op.name == "SoftmaxBackward0":
+        return RowOperation(lambda u: through_softmax(u, op.output("result"), width), None, True)
+    return RowOperation(lambda u: through_log_softmax(u, op.output("result").exp(), width), None, True)
 
 
-def _picked(x: Terms, index: Symbol, mask: Symbol, width: int) -> Terms:
+def _picked(x: Terms, index: Value, mask: Value, width: int) -> Terms:
     """Row ``index`` of ``x``, alike for all rows."""
-    total: Factor | None = None if x.diagonal is None else x.diagonal * mask
+    total: Value = None if x.diagonal is None else x.diagonal * mask
     for b, c in x.products:
-        if isinstance(b, Symbol) and b.last == width > 1:
-            b = b.pick(index, width)
+        if not is_number(b) and last(b) == width > 1:
+            b = b.expand(*index.shape[:-1], width).gather(-1, index)
         total = b * c if total is None else total + b * c
     return Terms(None, () if total is None else ((1.0, total),))
+
+
+@opaque
+def _one_hot(index: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    return torch.zeros((*index.shape[:-1], width), dtype=dtype, device=index.device).scatter_(-1, index, 1.0)
 
 
 @row_wise("GatherBackward0", "MaxBackward0", "MinBackward0")
 def pick(op: Operation) -> RowOperation | None:
     """``y = x_i`` with one ``i`` for each row: a gathered class, or the position of the extremum."""
-    node = op.node
     shape = op.input_shape(0)
-    if not _is_last(node._saved_dim, len(shape)):
+    if not _is_last(op.number("dim"), len(shape)):
         return None
-    gathers = node.name() == "GatherBackward0"
-    index = node._saved_index if gathers else node._saved_indices
-    flat = False if gathers else not node._saved_keepdim
-    if gathers and (index.shape[-1] != 1 or index.shape[:-1] != shape[:-1]):
+    gathers = op.name == "GatherBackward0"
+    flat = False if gathers else not op.number("keepdim")
+    if gathers and op.output_shape() != (*shape[:-1], 1):
         return None
-    width, dtype = shape[-1], carried(op.input_meta(0)[0])
+    width, dtype = shape[-1], op.input_dtype(0)
 
-    def values() -> tuple[Tensor, Tensor]:
-        rows = index.unsqueeze(-1) if flat else index
-        mask = torch.zeros((*rows.shape[:-1], width), dtype=dtype, device=rows.device)
-        return rows, mask.scatter_(-1, rows, 1.0)
+    def apply(x: Taylor) -> Taylor:
+        index = op.tensor("index" if gathers else "indices")
+        index = index.unsqueeze(-1) if flat else index
+        mask = _one_hot(index, width, dtype)
+        return Taylor(_picked(x.first, index, mask, width), _picked(x.second, index, mask, width))
 
-    def apply(x: Taylor, rows: Symbol, mask: Symbol) -> Taylor:
-        return Taylor(_picked(x.first, rows, mask, width), _picked(x.second, rows, mask, width))
-
-    return RowOperation(apply, flat, True, values)
+    return RowOperation(apply, flat, True)
 
 
 @row_wise("VarBackward0", "StdBackward0")
 def variance(op: Operation) -> RowOperation | None:
     """``y = sum_j (x_j - mean)^2 / m``, ``m = n - correction``, or its root."""
-    node = op.node
     if not _reduces_last(op):
         return None
-    x, keepdim = node._saved_self, node._saved_keepdim
-    width = x.shape[-1]
-    correction = 1 if node._saved_correction is None else node._saved_correction
-    weight = 2 / (width - correction)
-    root = node._saved_result if node.name() == "StdBackward0" else None
+    keepdim, correction = op.number("keepdim"), op.number("correction")
+    width = op.input_shape(0)[-1]
+    weight = 2 / (width - (1 if correction is None else correction))
 
-    def values() -> tuple[Tensor | float, ...]:
-        centered = full(x) - full(x).mean(-1, keepdim=True)
-        if root is None:
-            return centered * weight, weight
-        half = 0.5 / (full(root) if keepdim else full(root).unsqueeze(-1))
-        return centered * weight, weight, half, -2 * half**3  # 1 / (2 s) and -1 / (4 s^3)
-
-    def apply(u: Taylor, slopes: Symbol, weight: Factor, *of_root: Symbol) -> Taylor:
+    def apply(u: Taylor) -> Taylor:
+        x = op.input(0, "self")
         first, second = (
             plus(t, scaled(summed(t, width, 1 / width), -1.0)) for t in (u.first, u.second)
         )  # the derivatives of x - mean
+        slopes = (x - x.mean(-1, keepdim=True)) * weight
         y1 = summed(first, width, slopes)
         y2 = plus(summed(second, width, slopes), summed(times(first, first), width, weight))
-        if not of_root:
+        if op.name == "VarBackward0":
             return Taylor(y1, y2)
-        half, curve = of_root
-        return Taylor(scaled(y1, half), plus(scaled(y2, half), scaled(times(y1, y1), curve)))
+        y = op.output("result") if keepdim else op.output("result").unsqueeze(-1)
+        half = 0.5 / y
+        return Taylor(scaled(y1, half), plus(scaled(y2, half), scaled(times(y1, y1), half**3 * -2.0)))
 
-    return RowOperation(apply, not keepdim, True, values)
+    return RowOperation(apply, not keepdim, True)
 
 
 @row_wise("UnsqueezeBackward0")
 def unsqueeze(op: Operation) -> RowOperation | None:
     """Gives a flat tensor its last dimension back."""
     rank = len(op.output_shape())
-    return RowOperation(lambda x: x, False, False) if _is_last(op.node._saved_dim, rank) else None
+    return RowOperation(lambda x: x, False, False) if _is_last(op.number("dim"), rank) else None
 
 
 @row_wise("SqueezeBackward1")
 def squeeze(op: Operation) -> RowOperation | None:
     """Takes a last dimension of size one away."""
     shape = op.input_shape(0)
-    if not _is_last(op.node._saved_dim, len(shape)) or shape[-1] != 1:
+    if not _is_last(op.number("dim"), len(shape)) or shape[-1] != 1:
         return None
     return RowOperation(lambda x: x, True, False)
 
@@ -182,11 +170,11 @@ def mask(op: Operation) -> RowOperation | None:
     """``y = x`` where a mask lets it through, else what is fixed."""
     if True in op.needs[1:] or op.input_shape(0) != op.output_shape():
         return None
-    node, dtype = op.node, carried(op.input_meta(0)[0])
-    opens = node.name() == "WhereBackward0"
-    saved = node._saved_condition if opens else node._saved_mask
+    dtype = op.input_dtype(0)
 
-    def apply(x: Taylor, passed: Symbol) -> Taylor:
+    def apply(x: Taylor) -> Taylor:
+        opens = op.tensor("condition") if op.name == "WhereBackward0" else ~op.tensor("mask")
+        passed = opens.to(dtype)
         return Taylor(scaled(x.first, passed), scaled(x.second, passed))
 
-    return RowOperation(apply, None, False, lambda: ((saved if opens else ~saved).to(dtype),))
+    return RowOperation(apply, None, False)

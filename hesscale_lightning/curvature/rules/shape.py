@@ -8,14 +8,12 @@ it works after backward has passed if the node saved sizes only and no tensor.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from hesscale_lightning.curvature.elementwise import fitted
-from hesscale_lightning.curvature.operation import Operation, carried, signed  # noqa: F401 (TRANSITION: re-exported)
-from hesscale_lightning.curvature.registry import Formula, register_rule
+from hesscale_lightning.curvature.operation import Operation
+from hesscale_lightning.curvature.registry import register_rule
 from hesscale_lightning.curvature.values import ZERO, Value
 
 _aten = torch.ops.aten
@@ -25,26 +23,6 @@ _pad_backward = {
     for kind in ("Reflection", "Replication")
     for n in (1, 2, 3)
 }
-
-
-# TRANSITION: the old form, until the family of pooling has moved.
-def by_node(op: Operation) -> Formula:
-    """``J^T h`` by the autograd node, which must not have saved a tensor."""
-    node = op.node
-    if len(node.next_functions) > 1:
-        formula: Formula = node  # returns a tuple already
-        return formula
-    return lambda h: (node(h),)
-
-
-def with_stand_in(backward: Any, x: Tensor, *settings: Any) -> Formula:
-    """``backward(h, x, *settings)``, for an operation that takes x only for its shape and memory format.
-
-    An empty tensor of the same strides stands in for x, so that x need not be held. One of another memory format would
-    make the operation several times slower.
-    """
-    shape, strides = x.shape, x.stride()
-    return lambda h: (backward(h, h.new_empty_strided(shape, strides), *settings),)
 
 
 def transposed(op: Operation, h: Value) -> Value:
@@ -153,14 +131,14 @@ def fill(op: Operation, h: Value) -> Value:
 @register_rule("FillBackward1", "FillBackward3")
 def fill_with_tensor(op: Operation, h: Value) -> Sequence[Value]:
     """Nothing is left of x, and every output is the value."""
-    return ZERO, op.need(1) and fitted(op, 1, h.sum())
+    return ZERO, fitted(op, 1, h.sum()) if op.need(1) else ZERO
 
 
 @register_rule("MaskedFillBackward0", "MaskedFillBackward1", view=True)
 def masked_fill(op: Operation, h: Value) -> Sequence[Value]:
     """``y = x`` where the mask is False, else a number, or a tensor with one element; x may have been broadcast."""
     mask = op.tensor("mask")
-    h_x = op.need(0) and h.masked_fill(mask, 0).sum_to_size(op.input_shape(0))
-    if op.name == "MaskedFillBackward0":
-        return (h_x,)
-    return h_x, op.need(1) and fitted(op, 1, torch.where(mask, h, 0).sum())
+    return (
+        h.masked_fill(mask, 0).sum_to_size(op.input_shape(0)) if op.need(0) else ZERO,
+        fitted(op, 1, torch.where(mask, h, 0).sum()) if op.need(1) else ZERO,
+    )[: len(op.needs)]

@@ -23,7 +23,7 @@ def log_softmax(op: Operation, g: Value, h: Value) -> Value:
     square = p * p
     if op.method == "bl89":
         return (1 - p) * (1 - p) * h - (p - square) * g
-    return h - 2 * (p * h) + square * h.sum(dim, keepdim=True) - (p - square) * g.sum(dim, keepdim=True)
+    return h - 2 * (p * h) + square * h.sum(dim, keepdim=True) + (square - p) * g.sum(dim, keepdim=True)
 
 
 @register_rule("SoftmaxBackward0", "SafeSoftmaxBackward0", "MaskedSoftmaxBackward0")

@@ -17,10 +17,10 @@ import torch
 
 from hesscale_lightning.curvature.composite import Composite
 from hesscale_lightning.curvature.graph import AccumulateGrad, Node
+from hesscale_lightning.curvature.operation import Operation
 from hesscale_lightning.curvature.plan import Plan, Step
 from hesscale_lightning.curvature.rank_one import layout, per_sample, steps
 from hesscale_lightning.curvature.rank_one.steps import Use
-from hesscale_lightning.curvature.registry import Operation
 
 
 class State(NamedTuple):
@@ -68,20 +68,8 @@ PLAIN: Any = "a plain diagonal"
 DIAGONAL = State(None, 0, "diagonal")
 _UNSEEN: Any = None
 
-#: Which input gives an operation a second derivative, where not all do.
-_CURVED_BY = {
-    "AddcdivBackward0": 2, "DivBackward0": 1, "DivBackward1": 1, "LdexpBackward0": 1, "SpecialXlog1PyBackward0": 1,
-    "XlogyBackward0": 1,
-}  # fmt: skip
-
 #: Views by registration that add up overlapping entries.
 _SUMMING = frozenset({"Col2ImBackward0"})
-
-#: What the decisions depend on beside shapes.
-_SETTINGS = (
-    "_saved_dim", "_saved_dim0", "_saved_dim1", "_saved_dims", "_saved_groups",
-    "_saved_normalized_shape", "_saved_pad", "_saved_reduction", "_saved_training", "_saved_transposed",
-)  # fmt: skip
 
 
 def _merged(a: Any, b: Any) -> Any:
@@ -92,43 +80,6 @@ def _merged(a: Any, b: Any) -> Any:
         a, b = (b, a) if a is ZERO else (a, b)
         return a if a == DIAGONAL else PLAIN  # c needs all of the gradient to be this loss's
     return PLAIN
-
-
-class Aspects(NamedTuple):
-    """What recipes for graphs of one structure depend on beside it.
-
-    Attributes:
-        leaves: Positions of leaves, whose shapes matter.
-        nodes: Positions of other nodes, whose outputs' shapes matter.
-        settings: Positions of nodes, and names of what else matters there.
-    """
-
-    leaves: list[int]
-    nodes: list[int]
-    settings: list[tuple[int, str]]
-
-
-def aspects_of(plan: Plan, nodes: Sequence[Node]) -> Aspects:
-    """What recipes for this plan depend on; an operation entry by entry on one tensor is as large as its input."""
-    others: list[int] = []
-    settings: list[tuple[int, str]] = []
-    for step in plan.steps:
-        members = [step.cell] if step.composite is None else [m.position for m in step.composite.members]
-        if step.rule.partials is None or step.rule.reduces or len(step.needs) > 1 or step.composite is not None:
-            others += members
-        for position in members:
-            names = set(dir(nodes[position]))
-            settings += [(position, name) for name in _SETTINGS if name in names]
-    return Aspects(plan.leaves, others, settings)
-
-
-def signature(aspects: Aspects, nodes: Sequence[Node]) -> Any:
-    """Equal for graphs that share a recipe."""
-    return (
-        [nodes[position].variable.shape for position in aspects.leaves],
-        [[meta.shape for meta in nodes[position]._input_metadata] for position in aspects.nodes],
-        [getattr(nodes[position], name) for position, name in aspects.settings],
-    )
 
 
 def _reachable(plan: Plan) -> list[int]:
@@ -144,21 +95,20 @@ def _reachable(plan: Plan) -> list[int]:
     return below
 
 
-def make_recipe(plan: Plan, nodes: Sequence[Node], following: Sequence[Any], outside: Container[int]) -> Recipe:
+def make_recipe(plan: Plan, nodes: Sequence[Node], outside: Container[int]) -> Recipe:
     """Decides for one graph.
 
     Args:
-        plan: The plan of its structure.
+        plan: What is done with it without.
         nodes: Its nodes by position.
-        following: Their ``next_functions``.
         outside: Cells whose curvature is wanted itself.
     """
-    return _Decisions(plan, nodes, following, outside).recipe()
+    return _Decisions(plan, nodes, outside).recipe()
 
 
 class _Decisions:
-    def __init__(self, plan: Plan, nodes: Sequence[Node], following: Sequence[Any], outside: Container[int]) -> None:
-        self._plan, self._nodes, self._following = plan, nodes, following
+    def __init__(self, plan: Plan, nodes: Sequence[Node], outside: Container[int]) -> None:
+        self._plan, self._nodes = plan, nodes
         self._outside = outside
         self._states: list[Any] = [_UNSEEN] * plan.cells
         self._states[0] = ZERO
@@ -185,7 +135,7 @@ class _Decisions:
     def _visit(self, step: Step) -> tuple[Use | None, list[Any]]:
         use, proposed = self._met(step)
         picks = step.rule.name == "NllLossBackward0" or (
-            step.composite is None and steps.picks_one(self._operation(step.cell, step))
+            step.composite is None and steps.picks_one(step.operations[-1])
         )
         for target in step.targets:
             if target >= 0:
@@ -208,7 +158,7 @@ class _Decisions:
             return None, [PLAIN] * len(step.targets)
         if step.composite is not None:
             return self._met_by_composite(step, step.composite, state)
-        op = self._operation(step.cell, step)
+        op = step.operations[-1]
         return self._begun(step, op) if state is ZERO else self._continued(step, op, state)
 
     def _state_of_outputs(self, step: Step) -> Any:
@@ -218,16 +168,10 @@ class _Decisions:
         first = states[0] if states else _UNSEEN
         return first if all(s == first for s in states) else PLAIN
 
-    def _operation(self, position: int, step: Step) -> Operation:
-        return Operation(
-            self._nodes[position], self._following[position], step.needs, step.transposed, "hesscale", step.rule.curved
-        )
-
     def _begun(self, step: Step, op: Operation) -> tuple[Use | None, list[Any]]:
         """No curvature arrives; perhaps it is made here."""
         rule, count = step.rule, len(step.targets)
-        by = _CURVED_BY.get(rule.name)
-        if not rule.curved or (by is not None and not any(step.needs[by : by + 1])):
+        if not step.curved:
             return None, [ZERO] * count
         if rule.name == "LogSoftmaxBackward0" and steps.is_along_last(op):
             return self._softmax(step, op, None)
@@ -252,7 +196,7 @@ class _Decisions:
 
     def _continued(self, step: Step, op: Operation, state: State) -> tuple[Use | None, list[Any]]:
         rule, count = step.rule, len(step.targets)
-        if state.kind == "softmax" and rule.name in layout.ORDER_KEEPING and not step.turns:
+        if state.kind == "softmax" and rule.name in layout.ORDER_KEEPING and True not in step.turned:
             return None, [state] * count
         entrywise = layout.is_entrywise(rule) and (not rule.reduces or op.output_shape() == op.input_shape(0))
         copies = rule.view and rule.name not in _SUMMING
@@ -316,8 +260,8 @@ class _Decisions:
         plain = [PLAIN] * len(step.targets)
         if not composite.rowwise and not composite.shared and (state is ZERO or state == DIAGONAL):
             return None, plain if self._meet(step) else [DIAGONAL] * len(plain)
-        if composite.rowwise and steps.is_log_softmax(composite, [self._nodes[m.position] for m in composite.members]):
-            op = self._operation(step.cell, step)
+        if composite.rowwise and steps.is_log_softmax(composite, step.operations):
+            op = step.operations[-1]
             if state is ZERO or self._is_picked(state, op.output_shape()):
                 return self._softmax(step, op, None if state is ZERO else state.part)
         if state is ZERO or state.part is None:
@@ -329,16 +273,11 @@ class _Decisions:
 
     def _through_composite(self, step: Step, composite: Composite, source: int, state: State) -> Any:
         """Entry by entry as a whole; only a source of the output's shape is known to have the samples' rows."""
-        shape = self._operation(step.cell, step).output_shape()
-        for member in composite.members:
+        shape = step.operations[-1].output_shape()
+        for member, op in zip(composite.members, step.operations, strict=True):
             for i, entry in enumerate(member.wiring):
-                if entry == ~source:
-                    op = Operation(
-                        self._nodes[member.position], self._following[member.position], member.needs,
-                        [False] * len(member.needs), "hesscale", False,
-                    )  # fmt: skip
-                    if op.input_shape(i) != shape:
-                        return PLAIN
+                if entry == ~source and op.input_shape(i) != shape:
+                    return PLAIN
         return State(state.part, state.inner, "estimate" if self._meet(step) else state.kind)
 
     # -- second: what it means for each step, now that every tensor's state is known
@@ -382,7 +321,7 @@ class _Decisions:
 
     def _is_used_several_times(self, step: Step, part: int, leaf: int) -> bool:
         """Whether a sample has more outputs than a weight for elements, or more rows than a matrix takes."""
-        shape = self._operation(step.cell, step).output_shape()
+        shape = step.operations[-1].output_shape()
         numbers: int = self._nodes[leaf].variable.numel()
         of_sample = shape.numel() // max(self._samples[part], 1)
         if step.rule.bilinear and shape:
