@@ -147,9 +147,9 @@ class Attachment:
         """
         if self._watch is not None and self._watch.changed:
             raise RuntimeError(
-                f"a hook changed the gradient before {', '.join(dict.fromkeys(self._watch.changed))}, of which the curvature "
-                "would know nothing: write the change as a torch.autograd.Function with a rule (register_rule), or remove "
-                "the hook"
+                f"a hook changed the gradient before {', '.join(dict.fromkeys(self._watch.changed))}, and curvature "
+                "knows nothing of that: write the change as a torch.autograd.Function with a rule (register_rule), or "
+                "remove the hook"
             )
         taken: set[int] = set()
         for cell, node in self._leaves:

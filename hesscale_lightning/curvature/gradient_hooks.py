@@ -66,8 +66,8 @@ ours = _registrations.ours
 class Watch:
     """Compares, in the backward pass that follows, what each node gives with what the next one receives.
 
-    What it cannot see is a hook on a node's results (``z.grad_fn.register_hook``), as it gets them after that hook; those
-    of modules' full backward hooks it does see.
+    What it cannot see is a hook on a node's results (``z.grad_fn.register_hook``), as it gets them after that hook;
+    those of modules' full backward hooks it does see.
 
     Attributes:
         changed: Names of the nodes before which a hook changed the gradient, in the order of backward.
@@ -97,6 +97,10 @@ class Watch:
                     seen.add(child)
                     stack.append(child)
         self.registered = len(self._handles)
+
+    def __del__(self) -> None:
+        # What is given and not received, because backward failed, would keep the graph's nodes, and they it.
+        self.remove()
 
     def remove(self) -> None:
         """Takes the hooks off again; what was noticed stays."""

@@ -67,8 +67,13 @@ def make_plan(
         TypeError: A parameter is complex.
     """
     nodes = found.nodes
-    rules = [None if type(node) is AccumulateGrad else _rule_for(root, node) for node in nodes]
+    for position, node in enumerate(nodes):
+        if type(node) is AccumulateGrad:
+            condition(position, "{w}.dtype", node.variable.dtype)
+            if node.variable.is_complex():
+                raise TypeError(f"complex parameters are not supported, got one of dtype {node.variable.dtype}")
     refuse_complex(root, nodes)
+    rules = [None if type(node) is AccumulateGrad else _rule_for(root, node) for node in nodes]
     for position, node in enumerate(nodes):
         if leads_out(node):
             condition(position, "takes_complex({n})", False)

@@ -34,9 +34,16 @@ LOOKS = [lambda g: None, lambda g: g, lambda g: g.norm() and None, lambda g: g.d
 
 
 def _watched(loss):
+    """What a watch notices; the engine, which puts one on the graph itself, refuses that and nothing else."""
     watch = Watch(loss)
-    attach(loss)
-    loss.backward()
+    attachment = attach(loss)
+    refused = None
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        refused = str(error)
+    assert bool(watch.changed) is (refused is not None and "a hook changed the gradient" in refused)
+    assert not attachment.active
     watch.remove()
     return watch.changed
 
@@ -75,8 +82,10 @@ def test_a_hook_registered_after_attach():
     watch = Watch(loss)
     attach(loss)
     z.register_hook(lambda g: g * 2)
-    loss.backward()
+    with pytest.raises(RuntimeError, match="a hook changed the gradient before MulBackward0"):
+        loss.backward()
     assert watch.changed == ["MulBackward0"]
+    assert getattr(w, "hess_diag", None) is None
 
 
 def test_node_prehooks():
