@@ -165,12 +165,17 @@ class Recording:
         return self.recorder.input(key, self.nodes[position])
 
     def prepared(self, position: int, made: Any) -> Any:
-        """What a rule has prepared: numbers are conditions, anything else is an input as it is."""
+        """What a rule has prepared: numbers are conditions, anything else is an input as it is; or a tuple of these."""
+        if type(made) is tuple and not _is_plain(made):
+            return tuple([self._prepared(position, f"{{p}}[{i}]", part) for i, part in enumerate(made)])
+        return self._prepared(position, "{p}", made)
+
+    def _prepared(self, position: int, expression: str, made: Any) -> Any:
         if _is_plain(made):
-            self.condition(position, "{p}", made)
+            self.condition(position, expression, made)
             return made
-        key = ("prepared", position)
-        self.fetches.setdefault(key, (Ask(position, "{p}"), "object"))
+        key = ("prepared", position, expression)
+        self.fetches.setdefault(key, (Ask(position, expression), "object"))
         return self.recorder.input(key, made)
 
     def _raised(self, symbol: Symbol) -> Symbol:

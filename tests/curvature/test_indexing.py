@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from hesscale_lightning.curvature import backward
+from hesscale_lightning.curvature import backward, coverage
 from tests.curvature.oracle import Case, check, with_constants
 
 aten = torch.ops.aten
@@ -20,6 +21,8 @@ PLACES = torch.tensor(
     [[0, 2, 2, 1], [0, 1, 0, 1]]
 )  # of a (2, 4) source in a (3, 4) tensor, along dimension 0; one twice
 ONCE = torch.tensor([[0, 2, 2, 1], [1, 1, 0, 0]])
+REACHED = torch.tensor([[True, False, True], [True, True, False]])
+FAR = torch.tensor([[2, 7, 2], [0, 2, -9]])  # beyond a dimension of 3 where not reached
 TIES = torch.tensor([[1.0, 3.0, 3.0, 0.0], [2.0, 0.0, 0.0, 2.0], [3.0, 1.0, 3.0, 3.0]])
 
 
@@ -32,6 +35,20 @@ PICKS = [
     Case("by a mask and an index", lambda x: x[MASK[0, :3], 1], [(3, 4)], ["IndexBackward0"]),
     Case("none", lambda x: x[ROWS[:0]], [(3, 4)], ["IndexBackward0"]),
     Case("unsafe index", lambda x: aten._unsafe_index(x, [None, COLUMNS]), [(3, 4)], ["UnsafeIndexBackward0"]),
+    Case(
+        "unsafe index by a mask",
+        lambda x: aten._unsafe_masked_index(x, REACHED, [FAR, COLUMNS], 0.5),
+        [(3, 4)],
+        ["UnsafeMaskedIndexBackward0"],
+        reference=lambda x: torch.where(REACHED, x[FAR.clamp(0, 2), COLUMNS], 0.5),
+    ),
+    Case(
+        "unsafe index by a mask, one dimension whole",
+        lambda x: aten._unsafe_masked_index(x, REACHED[0], [None, COLUMNS], 0.5),
+        [(3, 4)],
+        ["UnsafeMaskedIndexBackward0"],
+        reference=lambda x: torch.where(REACHED[0], x[:, COLUMNS], 0.5),
+    ),
     Case("index select", lambda x: x.index_select(-1, ROWS), [(3, 4)], ["IndexSelectBackward0"]),
     Case("index select of a number", lambda x: x.index_select(0, torch.tensor([0])), [()], ["IndexSelectBackward0"]),
     Case(
@@ -65,6 +82,24 @@ def fill_in(x: Tensor, value: Tensor) -> Tensor:
     y = x.clone()
     y[DISTINCT] = value
     return y
+
+
+ZEROS = torch.tensor([[2.0, 0.0, 3.0, 0.5], [-1.0, 1.5, 0.0, 2.0], [0.0, 0.7, 0.0, 0.0]])
+FACTORS = torch.tensor([[3.0, 0.0, 0.0, 2.0], [-2.0, 0.0, 0.5, 0.0]])
+ROW_FACTORS = torch.tensor([[3.0, 0.0, 0.0, 2.0], [-2.0, 0.0, 0.5, 0.0], [0.0, 0.0, 2.0, 0.0]])
+
+
+def product(places: Tensor, include_self: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """The product of what goes to one place, factor by factor, which torch differentiates twice also at zeros."""
+
+    def operation(x: Tensor, source: Tensor) -> Tensor:
+        factors = {(i, j): [x[i, j]] if include_self else [] for i in range(3) for j in range(4)}
+        for k, row in enumerate(places.tolist()):
+            for j, i in enumerate(row):
+                factors[i, j].append(source[k, j])
+        return torch.stack([math.prod(f[1:], start=f[0]) if f else x[at] for at, f in factors.items()]).view(3, 4)
+
+    return operation
 
 
 def scatter_reduce(reduce: str, include_self: bool = True) -> Callable[[Tensor, Tensor], Tensor]:
@@ -157,12 +192,58 @@ PLACEMENTS = [
         for own in (True, False)
         for x in ((3, 4), TIES)
     ],
+    *[
+        Case(
+            f"{operation.__name__} prod, {'self' if own else 'no self'}{'' if type(x) is tuple else ', zeros'}",
+            operation("prod", own),
+            [x, source if type(x) is tuple else zeros],
+            [node],
+            reference=product(places, own),
+        )
+        for operation, node, places, source, zeros in (
+            (scatter_reduce, "ScatterReduceBackward0", PLACES, (2, 4), FACTORS),
+            (index_reduce, "IndexReduceBackward0", ROWS[:, None].expand(3, 4), (3, 4), ROW_FACTORS),
+        )
+        for own in (True, False)
+        for x in ((3, 4), ZEROS, ZEROS * 0)
+    ],
+    Case(
+        "product of numbers", lambda x, s: x.scatter_reduce(0, ROWS[0], s, "prod"), [(), ()], ["ScatterReduceBackward0"]
+    ),
+    Case(
+        "unsafe put by a mask",
+        lambda x, v: aten._unsafe_masked_index_put_accumulate(x, REACHED, [FAR, COLUMNS], v),
+        [(3, 4), (2, 3)],
+        ["UnsafeMaskedIndexPutAccumulateBackward0"],
+        reference=lambda x, v: x.index_put((FAR.clamp(0, 2), COLUMNS), v * REACHED, accumulate=True),
+    ),
+    Case(
+        "masked scatter, broadcast input",
+        lambda x, s: x.masked_scatter(MASK, s),
+        [(4,), (5,)],
+        ["MaskedScatterBackward0"],
+    ),
+    Case(
+        "masked scatter, broadcast mask",
+        lambda x, s: x.masked_scatter(MASK[0], s),
+        [(3, 4), (6,)],
+        ["MaskedScatterBackward0"],
+    ),
+    Case(
+        "masked scatter into a number", lambda x, s: x.masked_scatter(MASK, s), [(), (5,)], ["MaskedScatterBackward0"]
+    ),
 ]
 
 
 @pytest.mark.parametrize("case", [*PICKS, *PLACEMENTS], ids=lambda case: case.name)
 def test_rule_equals_dense_derivatives(case: Case) -> None:
     check(case)
+
+
+def test_product_of_one_tensor_with_itself_is_reported_as_approximate() -> None:
+    w = torch.randn(3, 4, requires_grad=True)
+    product = coverage(w.scatter_reduce(0, PLACES, w[:2], "prod").square().sum())
+    assert "ScatterReduceBackward0" in [entry.operation for entry in product.entries if entry.status == "approximate"]
 
 
 def test_where_of_mixed_precision_gives_each_input_its_own() -> None:

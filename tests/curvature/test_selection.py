@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -45,6 +47,38 @@ CASES = [
     Case("aminmax of all", lambda x: x.aminmax(), [TIES], ["AminmaxBackward0"]),
     Case("the min of aminmax", lambda x: x.aminmax(dim=1).min, [TIES], ["AminmaxBackward0"]),
     Case("the max of aminmax", lambda x: x.aminmax(dim=1).max, [TIES], ["AminmaxBackward0"]),
+    *[
+        Case(f"{name} of a number, {settings}", partial(getattr(torch, name), **settings), [()], [node])
+        for name, node in (("amax", "AmaxBackward0"), ("amin", "AminBackward0"), ("aminmax", "AminmaxBackward0"))
+        for settings in ({}, {"dim": 0}, {"dim": -1}, {"dim": 0, "keepdim": True}, {"keepdim": True})
+    ],
+    *[
+        Case(f"{name}, all kept", partial(getattr(torch, name), keepdim=True), [TIES], [node])
+        for name, node in (("amax", "AmaxBackward0"), ("amin", "AminBackward0"), ("aminmax", "AminmaxBackward0"))
+    ],
+    *[
+        Case(f"{name} of a number, dim {dim}", lambda x, pick=pick, dim=dim: pick(x, dim)[0], [()])
+        for name, pick in (
+            ("max", torch.max),
+            ("min", torch.min),
+            ("median", torch.median),
+            ("nanmedian", torch.nanmedian),
+            ("mode", torch.mode),
+            ("cummax", torch.cummax),
+            ("cummin", torch.cummin),
+            ("sort", torch.sort),
+            ("kthvalue", lambda x, dim: x.kthvalue(1, dim)),
+            ("topk", lambda x, dim: x.topk(1, dim)),
+        )
+        for dim in (0, -1)
+    ],
+    Case("max of one number", lambda x: x.max(), [()], ["MaxBackward1"]),
+    Case("min of one number", lambda x: x.min(), [()], ["MinBackward1"]),
+    Case("median of one number", lambda x: x.median(), [()], ["MedianBackward0"]),
+    Case(
+        "masked amax of a number", lambda x: torch.masked.amax(x, 0, mask=torch.tensor(True)), [()], ["AmaxBackward0"]
+    ),
+    Case("amax of one along a dimension of one", lambda x: x.amax((-1, 0), True), [(1, 3, 1)], ["AmaxBackward0"]),
     Case("quantile", lambda x: x.quantile(0.3), [(3, 4)], ["SortBackward0", "GatherBackward0"]),
 ]
 

@@ -167,6 +167,9 @@ JOINS = [
     Case("stack", lambda x, y: torch.stack([x, y], -1), [(2, 3), (2, 3)], ["StackBackward0"]),
     Case("column stack", lambda x, y: torch.column_stack([x, y]), [(2,), (2, 3)], ["CatBackward0"]),
     Case("block diagonal", torch.block_diag, [(2, 3), (1, 2)], ["BlockDiagBackward0"]),
+    Case("block diagonal of a vector", torch.block_diag, [(3,), (2, 2)], ["BlockDiagBackward0"]),
+    Case("block diagonal of numbers", torch.block_diag, [(), (2,), ()], ["BlockDiagBackward0"]),
+    Case("block diagonal of one vector", torch.block_diag, [(3,)], ["BlockDiagBackward0"]),
     Case(
         "diagonal scatter", lambda x, y: torch.diagonal_scatter(x, y, 1), [(3, 3), (2,)], ["DiagonalScatterBackward0"]
     ),
@@ -264,6 +267,22 @@ def test_join_of_mixed_precision_gives_each_input_its_own(join: Callable[[list[T
     backward(join([w @ torch.eye(2), x]).pow(3).sum())  # the product needs curvature in single precision
     torch.testing.assert_close(w.hess_diag, 6 * w.detach())
     torch.testing.assert_close(x.hess_diag, 6 * x.detach())
+
+
+@pytest.mark.parametrize(
+    "fill",
+    [
+        lambda x, v: x.clone().fill_(v),
+        lambda x, v: x.masked_fill(torch.tensor([True, True]), v),
+        lambda x, v: x.index_fill(0, torch.tensor([0, 1]), v),
+    ],
+)
+def test_value_of_another_precision_gets_its_own(fill: Callable[[Tensor, Tensor], Tensor]) -> None:
+    w = torch.tensor([3.0, 4.0], dtype=torch.float64, requires_grad=True)
+    v = torch.tensor(2.0, requires_grad=True)
+    y = fill(w, v * torch.ones(()))
+    backward(y.pow(3).sum())
+    torch.testing.assert_close(v.hess_diag, torch.tensor(24.0))
 
 
 @pytest.mark.parametrize("case", VIEWS[:3], ids=lambda case: case.name)

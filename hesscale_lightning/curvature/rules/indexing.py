@@ -151,7 +151,7 @@ def index_fill(op: Operation, h: Value) -> Sequence[Value]:
     """``y[index]`` is a number, or a tensor with one element."""
     dim, at = op.number("dim"), op.tensor("index")
     kept = h.index_fill(dim, at, 0)
-    return (kept, (h - kept).sum() if op.need(1) else None)[: len(op.needs)]
+    return (kept, fitted(op, 1, (h - kept).sum()) if op.need(1) else None)[: len(op.needs)]
 
 
 @register_rule("ScatterBackward0", "ScatterBackward1")

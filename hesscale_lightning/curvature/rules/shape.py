@@ -131,7 +131,7 @@ def fill(op: Operation, h: Value) -> Value:
 @register_rule("FillBackward1", "FillBackward3")
 def fill_with_tensor(op: Operation, h: Value) -> Sequence[Value]:
     """Nothing is left of x, and every output is the value."""
-    return ZERO, h.sum()
+    return ZERO, fitted(op, 1, h.sum()) if op.need(1) else ZERO
 
 
 @register_rule("MaskedFillBackward0", "MaskedFillBackward1", view=True)
@@ -140,5 +140,5 @@ def masked_fill(op: Operation, h: Value) -> Sequence[Value]:
     mask = op.tensor("mask")
     return (
         h.masked_fill(mask, 0).sum_to_size(op.input_shape(0)) if op.need(0) else ZERO,
-        torch.where(mask, h, 0).sum() if op.need(1) else ZERO,
+        fitted(op, 1, torch.where(mask, h, 0).sum()) if op.need(1) else ZERO,
     )[: len(op.needs)]
