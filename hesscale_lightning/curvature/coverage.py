@@ -185,7 +185,7 @@ def supported_params(loss: Tensor, params: Iterable[Tensor]) -> tuple[list[Tenso
                 behind.add(id(node.variable))
             continue
         if not blocked[position]:
-            blocked[position] = _refusal(root, node, found) is not None
+            blocked[position] = _refusal(root, node, _operation(node, found)) is not None
         if blocked[position]:
             for child, _, _ in found.edges[node]:
                 if found.index[child] >= 0:
@@ -204,7 +204,7 @@ def _operation(node: Node, found: Trace) -> Operation:
     return Operation(node, node.next_functions, needs, flips, "hesscale")
 
 
-def _refusal(root: Node, node: Node, found: Trace) -> str | None:
+def _refusal(root: Node, node: Node, operation: Operation) -> str | None:
     """Why curvature cannot pass ``node``, or None."""
     rule = find_rule(node)
     if rule is None:
@@ -213,7 +213,7 @@ def _refusal(root: Node, node: Node, found: Trace) -> str | None:
     if complex_numbers is not None:
         return complex_numbers
     try:
-        rule.attach(_operation(node, found))
+        rule.attach(operation)
     except UnsupportedOperationError as error:
         return str(error)
     return None
@@ -233,7 +233,7 @@ def _entries(root: Node, found: Trace, outside: set[Node]) -> list[Entry]:
         if type(node) is AccumulateGrad:
             continue
         inputs = [edge for edge in edges[node] if index[edge[0]] >= 0]
-        refusal = _refusal(root, node, found)
+        refusal = _refusal(root, node, operations[position])
         if refusal is None and rule is not None and node in others and not rule.multi_output:
             refusal = "its rule covers the first output only, and another output is used here"
         composite = None
@@ -246,7 +246,7 @@ def _entries(root: Node, found: Trace, outside: set[Node]) -> list[Entry]:
         if rule is not None and refusal is None:
             operation = operations[position]
             makes_curvature = rule.makes_curvature(operation) or composite is not None
-            mixes = rule.bilinear or makes_curvature
+            mixes = makes_curvature or rule.is_bilinear(operation)
             if rule.partials is not None and composite is None:
                 mixes = any(i != j for i, j in rule.partials(operation)[1])
         arrives = curved[position]

@@ -41,7 +41,7 @@ class Rule:
     multi_output: bool
     view: bool
     partials: PartialsRule | None
-    bilinear: bool
+    bilinear: bool | Callable[[Operation], bool]
     reduces: bool
     approximate: str
     check: Callable[[Operation], None] | None
@@ -63,6 +63,10 @@ class Rule:
             return curved(op)
         return any(op.needs[i] for i in curved if i < len(op.needs))
 
+    def is_bilinear(self, op: Operation) -> bool:
+        """Whether this use of the operation has mixed second derivatives in two of its inputs."""
+        return self.bilinear(op) if callable(self.bilinear) else self.bilinear
+
 
 _rules: dict[str, Rule] = {}
 _listeners: list[Callable[[], None]] = []
@@ -76,7 +80,7 @@ def register_rule(
     multi_output: bool = False,
     view: bool = False,
     partials: RuleFunction | None = None,
-    bilinear: bool = False,
+    bilinear: bool | Callable[[Operation], bool] = False,
     reduces: bool = False,
     approximate: str = "",
     check: Callable[[Operation], None] | None = None,
@@ -115,7 +119,8 @@ def register_rule(
             where Gauss-Newton stops keeping second derivatives.
         partials: What ``rule(op)`` would return under ``elementwise=True``, where a faster rule for the operation
             standing alone is decorated.
-        bilinear: The operation has mixed second derivatives in two of its inputs, as a product has. They play no part
+        bilinear: The operation has mixed second derivatives in two of its inputs, as a product has (or a function that
+            tells of a use whether). They play no part
             in a rule; the coverage report tells where they are lost because both inputs come from one tensor.
         reduces: For an elementwise operation, whether its entries may also be summed, as by a loss: paths may meet in
             it, but it is not joined with what follows. The sum's factors belong to the partials.

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hesscale_lightning.curvature import UnsupportedOperationError, attach, backward
+from hesscale_lightning.curvature import UnsupportedOperationError, attach, backward, coverage
 from hesscale_lightning.curvature.engine import METHODS
 from tests.curvature.oracle import Case, check
 
@@ -318,6 +318,38 @@ def test_curved_operation_in_a_checkpointed_block() -> None:
         return [x.hess_diag, w.hess_diag]
 
     torch.testing.assert_close(diagonals(True), diagonals(False))
+
+
+def test_coverage_tells_where_a_product_loses_its_cross_term() -> None:
+    x, w = torch.rand(3, 4, requires_grad=True), torch.rand(4, requires_grad=True)
+
+    def status(change: Callable[[Tensor], object]) -> str:
+        y = x.clone()
+        change(y)
+        return next(e.status for e in coverage(y.sum()).entries if e.operation == NODE[0])
+
+    assert status(lambda y: y[0].mul_(w)) == "exact"
+    assert status(lambda y: y[0].copy_(x[1])) == "exact"
+    assert status(lambda y: y[0].mul_(x[1])) == "approximate"
+    assert status(lambda y: y[0].cumsum_(0)) == "unsupported"
+
+
+def test_program_of_a_curved_operation_is_used_again() -> None:
+    """What was recognised is another operation's, of the same structure, from step to step."""
+    for step in range(8):
+        x, w = torch.rand(3, 4, requires_grad=True), torch.rand(4, requires_grad=True)
+        y = x.clone()
+        if step % 3 == 2:
+            y[0].copy_(w)
+        else:
+            y[step % 3].mul_(w)
+        loss = y.pow(3).sum()
+        backward(loss)
+        expected = 6 * y.detach()
+        at_w = expected[0] if step % 3 == 2 else expected[step % 3] * x.detach()[step % 3].square()
+        torch.testing.assert_close(w.hess_diag, at_w)
+        expected[step % 3 if step % 3 < 2 else 0] *= 0 if step % 3 == 2 else w.detach().square()
+        torch.testing.assert_close(x.hess_diag, expected)
 
 
 def test_derivatives_are_let_go() -> None:

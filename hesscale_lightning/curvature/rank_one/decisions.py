@@ -324,7 +324,7 @@ class _Decisions:
         shape = step.operations[-1].output_shape()
         numbers: int = self._nodes[leaf].variable.numel()
         of_sample = shape.numel() // max(self._samples[part], 1)
-        if step.rule.bilinear and shape:
+        if step.rule.is_bilinear(step.operations[-1]) and shape:
             return of_sample > (shape[1] if len(shape) > 1 else 1)
         return of_sample > numbers
 

@@ -188,7 +188,7 @@ def masked_scatter(op: Operation, h: Value) -> Sequence[Value]:
     )
 
 
-@register_rule("ScatterReduceBackward0", "IndexReduceBackward0")
+@register_rule("ScatterReduceBackward0", "IndexReduceBackward0", bilinear=lambda op: op.number("reduce") == "prod")
 def reduce_into(op: Operation, h: Value) -> Sequence[Value]:
     """``y`` is the sum, mean, product, maximum or minimum of what goes to one place, x itself included or not.
 
