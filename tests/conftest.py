@@ -1,5 +1,12 @@
-"""Settings for every test: one thread, because small tensors gain nothing from more and a busy machine loses much."""
+"""What every test begins with."""
 
-import os
+import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; the processes that tests start inherit it
+from hesscale_lightning.curvature import engine
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache() -> None:
+    """Every test meets its structures of graphs for the first time, so that their programs are written at once."""
+    engine._structures.clear()
+    engine._structures.patience = 4
