@@ -374,7 +374,7 @@ def test_a_run_that_was_killed_and_resumed_ends_bit_identical_to_an_uninterrupte
     killed = processes.Process(target=run, args=(tmp_path, "killed", optimizer, reached))
     killed.start()
     run(tmp_path, "whole", optimizer)
-    assert reached.wait(60)
+    assert reached.wait(180)
     os.kill(killed.pid, signal.SIGKILL)
     killed.join()
     assert killed.exitcode == -signal.SIGKILL
