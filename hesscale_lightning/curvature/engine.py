@@ -69,7 +69,8 @@ def attach(loss: Tensor, params: Iterable[Tensor] | None = None, *, method: Meth
     Raises:
         UnsupportedOperationError: An operation between the loss and a wanted tensor has no rule.
         ValueError, TypeError: The loss is not a scalar that requires grad, or an argument is wrong.
-        RuntimeError: The graph was freed by an earlier backward, or is armed already.
+        RuntimeError: The graph was freed by an earlier backward, or is armed already. Raised by backward, before a
+            diagonal is written: a hook on a tensor or module has changed a gradient, of which curvature knows nothing.
 
     Example:
         >>> import torch
