@@ -245,7 +245,7 @@ def _entries(root: Node, found: Trace, outside: set[Node]) -> list[Entry]:
         makes_curvature = mixes = True
         if rule is not None and refusal is None:
             operation = operations[position]
-            makes_curvature = rule.makes_curvature(operation) or composite is not None
+            makes_curvature = rule.makes_curvature(operation) or rule.source or composite is not None
             mixes = makes_curvature or rule.is_bilinear(operation)
             if rule.partials is not None and composite is None:
                 mixes = any(i != j for i, j in rule.partials(operation)[1])

@@ -106,7 +106,7 @@ class InterpretedPass(Attachment):
         self._waiting -= 1
         g, h = self._gradient(step, grads), self._curvature(step)
         if step.outputs is None:
-            if g is ZERO and h is ZERO:
+            if g is ZERO and h is ZERO and not step.rule.source:
                 return
         elif all(part is ZERO for part in (*g, *h)):
             return

@@ -144,6 +144,8 @@ def make_plan(
     if method == "hesscale_rank1":
         refine(plan, nodes, set(cells_of_goals(plan, found, goals).values()))
     plan.steps = _that_do_something(plan.steps, plan.cells)
+    if any(step.rule.source for step in plan.steps):
+        plan.steps = _that_are_needed(plan, set(cells_of_goals(plan, found, goals).values()))
     return plan
 
 
@@ -172,7 +174,7 @@ def _that_do_something(steps: list[Step], cells: int) -> list[Step]:
     kept = []
     for step in steps:
         here = step.outputs if step.outputs is not None else [step.cell]
-        if not step.curved and not any(arrives[cell] for cell in here):
+        if not (step.curved or step.rule.source or any(arrives[cell] for cell in here)):
             continue
         kept.append(step)
         for target in step.targets:
@@ -182,6 +184,20 @@ def _that_do_something(steps: list[Step], cells: int) -> list[Step]:
     return [
         step._replace(targets=[t if t > -2 or -2 - t in takes_gradient else -1 for t in step.targets]) for step in kept
     ]
+
+
+def _that_are_needed(plan: Plan, goals: set[int]) -> list[Step]:
+    """Without those whose curvature goes nowhere but to sources, which bring their own."""
+    needed = goals | set(plan.leaves)
+    kept: list[Step] = []
+    for step in reversed(plan.steps):
+        targets = [target if target < -1 or target in needed else -1 for target in step.targets]
+        if not any(target >= 0 for target in targets):
+            continue
+        kept.append(step._replace(targets=targets))
+        if not step.rule.source:
+            needed.update([step.cell] if step.outputs is None else step.outputs)
+    return kept[::-1]
 
 
 def weight_of(node: Node) -> float | None:

@@ -32,6 +32,7 @@ class Rule:
         carry: From the operation, g and h to the curvature of each input.
         curved: Whether, or by which inputs, there is a second derivative, or a function that tells of a use whether.
         partials: For an elementwise operation, its derivatives.
+        source: Whether it brings curvature of its own in place of what arrives.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Rule:
     approximate: str
     check: Callable[[Operation], None] | None
     prepare: Callable[[Operation], Any] | None
+    source: bool = False
 
     def attach(self, op: Operation) -> None:
         """Checks a use of the operation, and prepares it."""
@@ -99,7 +101,9 @@ def register_rule(
       below the loss, ``g`` where the second-derivative term is dropped (Gauss-Newton inside the network). Zero adds
       nothing and takes products with it, so that a formula need not ask;
     - ``rule(op)`` with ``elementwise=True``, which returns ``f', f''`` (None: zero wherever it exists), or for several
-      inputs their derivatives, and those by pairs ``{(i, j): f_ij}`` with ``i <= j``, where a pair left out is zero.
+      inputs their derivatives, and those by pairs ``{(i, j): f_ij}`` with ``i <= j``, where a pair left out is zero;
+    - ``rule(op)`` without it, for a *source*: the operation brings curvature of its own, such as the Fisher information
+      of a distribution's parameters, in place of the loss's. What is above it is not computed if nothing else needs it.
 
     ``op`` is an :class:`Operation`: ``op.tensor(name)`` and ``op.number(name)`` are what the node has saved. A rule
     returns one tensor for each input (alone, if there is one input), None or ``ZERO`` where it is zero. It must not
@@ -159,9 +163,12 @@ def register_rule(
             carry = function
         elif arguments == 2:
             carry = _without_gradient(function)
+        elif arguments == 1:
+            carry = _of_operation_alone(function)
         else:
             raise TypeError(
-                f"a rule is a function (op, h), or (op, g, h) if it needs the gradient, or (op) with elementwise=True; "
+                f"a rule is a function (op, h), or (op, g, h) if it needs the gradient, or (op) for a source or with "
+                f"elementwise=True; "
                 f"{getattr(function, '__name__', function)!r} takes {arguments} arguments"
             )
         if partials is not None:
@@ -181,6 +188,7 @@ def register_rule(
                 approximate,
                 check,
                 prepare,
+                arguments == 1 and not elementwise,
             )
         _rule_of_type.clear()
         for listener in _listeners:
@@ -200,6 +208,13 @@ def register_rule(
 def _without_gradient(function: RuleFunction) -> Callable[[Operation, Value, Value], Any]:
     def carry(op: Operation, g: Value, h: Value) -> Any:
         return ZERO if h is ZERO else function(op, h)
+
+    return carry
+
+
+def _of_operation_alone(function: RuleFunction) -> Callable[[Operation, Value, Value], Any]:
+    def carry(op: Operation, g: Value, h: Value) -> Any:
+        return function(op)
 
     return carry
 
