@@ -13,8 +13,9 @@ from hesscale_lightning.optim.curvature_average import Denominator, refresh_aver
 from hesscale_lightning.optim.diagonals import clear_diagonals, missing_diagonal_error, peek_diagonal
 from hesscale_lightning.optim.gradient_rescaling import GradientRescaling, GroupScale
 from hesscale_lightning.optim.hyperparameters import check_options, learning_rate, use_foreach
-from hesscale_lightning.optim.normalized_update import Batch, UpdateRule, normalized_update
+from hesscale_lightning.optim.normalized_update import Batch, UpdateRule, mean_curvature, normalized_update
 from hesscale_lightning.optim.parameter_state import new_state, restored
+from hesscale_lightning.optim.radius import CalibratedRadius, Regions, calibration, host_rate
 from hesscale_lightning.optim.step_record import StepRecord, describe
 from hesscale_lightning.optim.tensor_lists import add_one, beside, multiply, never_compiled, subtract
 from hesscale_lightning.optim.trust_region import flatten_statistics, trust_region_scale
@@ -60,8 +61,9 @@ class AdaHesScale(Optimizer):
         s_t &= \min\left(1, \sqrt{\frac{2\,\text{delta}}{\gamma^2 \sum_i (D_n + \epsilon)_i u_{t,i}^2}}\right) \\
         \theta_t &= (1 - \gamma \lambda)\, \theta_{t-1} - s_t \gamma u_t
 
-    where :math:`\gamma` is ``lr * lr_scale`` and :math:`\lambda` the weight decay. The sum runs over one param group,
-    so networks whose curvature differs, such as an actor and a critic, belong in groups of their own. Unlike Adam's,
+    where :math:`\gamma` is ``lr * lr_scale`` and :math:`\lambda` the weight decay; ``damping`` adds its multiple of the
+    group's mean curvature to :math:`D_n`, and a ``radius`` measures ``delta`` in other units (see
+    :class:`CalibratedRadius`). The sum runs over one param group, so networks whose curvature differs, such as an actor and a critic, belong in groups of their own. Unlike Adam's,
     the update has units: it is a damped Newton step, and ``lr`` is the fraction of it that is taken.
 
     **Diagonals.** A diagonal is read from ``param.hess_diag``, where :func:`hesscale_lightning.attach` leaves it beside
@@ -89,7 +91,8 @@ class AdaHesScale(Optimizer):
     Args:
         params: parameters, named parameters, or param groups; every option below can be set per group.
         lr: learning rate (default: 1e-2, the best shared one of the study in docs/optimization.md; 3e-3 was better with
-            ``method="hesscale_gn"``). A tensor is read on the host unless ``capturable``.
+            ``method="hesscale_gn"``; with a ``radius`` 1.0, all of the step that fits). A tensor is read on the host
+            unless ``capturable``.
         betas: decay rates of the averages of gradient and curvature (default: (0.9, 0.999)).
         eps: added to the denominator (default: 1e-8). Larger values damp the step where curvature is small.
         weight_decay: decoupled weight decay, as in AdamW (default: 0.0).
@@ -100,6 +103,10 @@ class AdaHesScale(Optimizer):
             (default: 10.0). It guards against units that are active in few samples, whose curvature is nearly 0.
         delta: radius of the trust region in units of the loss; None for none (default: 1e-4). It keeps training stable
             at learning rates far too high.
+        radius: what ``delta`` is measured in, if it is not the quadratic model's own units; None: it is
+            (default: None). It is not part of the state dict, the calibration is.
+        damping: relative damping; this fraction of the group's mean curvature (of the root of the mean square for
+            "rms") is added to the curvature D, for "sqrt_abs" under the root (default: 0.0).
         lr_scale: multiplies ``lr``. It is an option of its own so that a group keeps its factor when a scheduler or
             Stable-Baselines3 overwrites ``lr`` (default: 1.0).
         compensate_clipping: take clipping factors for weights of the batches, instead of letting them shorten the step
@@ -135,7 +142,7 @@ class AdaHesScale(Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-2,
+        lr: float | Tensor | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -143,12 +150,16 @@ class AdaHesScale(Optimizer):
         denominator: Denominator = "rms",
         max_update: float | None = 10.0,
         delta: float | None = 1e-4,
+        radius: CalibratedRadius | None = None,
+        damping: float = 0.0,
         lr_scale: float = 1.0,
         compensate_clipping: bool = True,
         maximize: bool = False,
         foreach: bool | None = None,
         capturable: bool = False,
     ) -> None:
+        if lr is None:
+            lr = 1e-2 if radius is None else 1.0
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -157,6 +168,7 @@ class AdaHesScale(Optimizer):
             "denominator": denominator,
             "max_update": max_update,
             "delta": delta,
+            "damping": damping,
             "lr_scale": lr_scale,
             "compensate_clipping": compensate_clipping,
             "maximize": maximize,
@@ -165,6 +177,8 @@ class AdaHesScale(Optimizer):
         }
         check_options(defaults)
         self._rescaling = GradientRescaling()
+        self._regions = Regions("delta")
+        self._radius = radius
         self._latest: list[StepRecord] = []
         self._buffers: dict[Tensor, Tensor] = {}
         self.awaits_diagonals = True
@@ -173,9 +187,20 @@ class AdaHesScale(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group; options it does not set are the optimizer's defaults."""
         check_options({**self.defaults, **param_group})
+        radius = param_group.pop("radius", self._radius)
         super().add_param_group(param_group)
-        self.param_groups[-1].setdefault(CLIPPING_KEY, NO_CLIPPING)
-        self._rescaling.add_group(self.param_groups[-1])
+        group = self.param_groups[-1]
+        group.setdefault(CLIPPING_KEY, NO_CLIPPING)
+        self._regions.add_group(group, radius)
+        self._rescaling.add_group(group)
+
+    @property
+    def radii(self) -> list[CalibratedRadius | None]:
+        """What each group's ``delta`` is measured in. Entries may be exchanged."""
+        return self._regions.radii
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_regions": self._regions, "_radius": self._radius}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -185,6 +210,10 @@ class AdaHesScale(Optimizer):
             group.setdefault(CLIPPING_KEY, NO_CLIPPING)
         # Hooks, and what was noted from the latest step, are not part of a copy or checkpoint.
         self._rescaling = GradientRescaling(self.param_groups)
+        self.__dict__.setdefault("_radius", None)
+        if "_regions" not in self.__dict__:
+            self._regions = Regions("delta")
+        self._regions.radii += [None] * (len(self.param_groups) - len(self._regions.radii))
         self._latest = []
         self._buffers = {}
         self.awaits_diagonals = True
@@ -257,9 +286,11 @@ class AdaHesScale(Optimizer):
                 loss = closure()
         gathered = [self._gather(index) for index in range(len(self.param_groups))]
         self._latest = [
-            self._update_group(group, scale, found)
-            for group, scale, found in zip(self.param_groups, self._rescaling.take(), gathered, strict=True)
+            self._update_group(index, scale, found)
+            for index, (scale, found) in enumerate(zip(self._rescaling.take(), gathered, strict=True))
         ]
+        if any(self._regions.radii):
+            self._calibrate()
         self.awaits_diagonals = False
         return loss
 
@@ -280,9 +311,10 @@ class AdaHesScale(Optimizer):
             found.append((param, grad, diagonal))
         return found
 
-    def _update_group(self, group: dict[str, Any], grad_scale: GroupScale, found: _Gathered) -> StepRecord:
+    def _update_group(self, index: int, grad_scale: GroupScale, found: _Gathered) -> StepRecord:
+        group = self.param_groups[index]
         beta1, beta2 = group["betas"]
-        delta = group["delta"]
+        delta, measured = self._regions.limit(index, group), self._regions.radii[index] is not None
         clipping = grad_scale.clipping if group["compensate_clipping"] else 1.0
         weights = clipping_weights(group, clipping, refreshing=any(h is not None for _, _, h in found))
         rule = UpdateRule(
@@ -292,18 +324,39 @@ class AdaHesScale(Optimizer):
         foreach = use_foreach(group["foreach"], (param for param, _, _ in found))
 
         batches = self._average(group, found, clipping * beside(grad_scale.unscaling, clipping), foreach)
+        if group["damping"] and batches:
+            rule = rule._replace(floor=group["damping"] * mean_curvature(batches, rule))
         updates = [normalized_update(batch, rule, foreach=foreach, buffers=self._buffers) for batch in batches]
         scale: float | Tensor = 1.0
+        along: float | Tensor = 0.0
         if delta is not None and updates:
             along = updates[0].curvature_along
             for update in updates[1:]:
                 along = along + beside(update.curvature_along, along)
-            scale = trust_region_scale(delta, along * lr * lr)
+            scale = trust_region_scale(delta, along if measured else along * lr * lr)
         for batch, update in zip(batches, updates, strict=True):
             if group["weight_decay"] != 0:
                 multiply(batch.params, 1 - lr * group["weight_decay"], foreach=foreach)
             subtract(batch.params, update.directions, lr * scale * update.gain, foreach=foreach)
-        return StepRecord(batches, rule, lr * scale, scale, grad_scale.clipping, foreach, group["maximize"])
+        return StepRecord(batches, rule, lr * scale, scale, along, grad_scale.clipping, foreach, group["maximize"])
+
+    @never_compiled
+    def _calibrate(self) -> None:
+        """Measure how far the step went, and take back what was much too far."""
+        latest = self._latest
+        rates = [host_rate(learning_rate(group)) for group in self.param_groups]
+
+        def predicted(index: int) -> float | Tensor:
+            record = latest[index]
+            return record.along * record.size * record.size / 2
+
+        for index, factor in self._regions.observe(self.param_groups, predicted, rates).items():
+            record = latest[index]
+            for batch in record.batches:
+                update = normalized_update(batch, record.rule, foreach=record.foreach)
+                back = beside(record.size, batch.params[0]) * (factor - 1) * update.gain
+                subtract(batch.params, update.directions, back, foreach=record.foreach)
+            record.size, record.scale = record.size * factor, record.scale * factor
 
     def _average(
         self, group: dict[str, Any], found: _Gathered, hess_factor: float | Tensor, foreach: bool
@@ -364,5 +417,10 @@ class AdaHesScale(Optimizer):
         - ``mean_abs_update``: mean absolute change of a parameter, without weight decay.
         - ``predicted_decrease``: fall of the quadratic model along the step, ``-(sum(g u) + sum(D u^2) / 2)``; left out
           if gradients are gone. With ``maximize`` it is the predicted rise.
+        - ``calibration``: with a ``radius``, how many times more a step changes than the diagonal predicts.
         """
-        return flatten_statistics([describe(record) for record in self._latest])
+        described = [describe(record) for record in self._latest]
+        for statistics, group, radius in zip(described, self.param_groups, self.radii, strict=False):
+            if radius is not None:
+                statistics["calibration"] = calibration(group)
+        return flatten_statistics(described)

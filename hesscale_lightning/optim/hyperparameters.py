@@ -15,7 +15,7 @@ def check_options(group: dict[str, Any]) -> None:
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr as a tensor must have one element, but it has shape {tuple(lr.shape)}")
-    for name in ("lr", "eps", "weight_decay", "lr_scale"):
+    for name in ("lr", "eps", "weight_decay", "damping", "lr_scale"):
         if not group[name] >= 0:
             raise ValueError(f"{name} must be >= 0, got {group[name]}")
     betas = group["betas"]

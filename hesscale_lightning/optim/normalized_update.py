@@ -4,7 +4,8 @@ With m the gradient average, v the curvature average, and b1, b2 the sums of the
 
     u = clamp( (m / b1) / (root(v / b2) + eps), -max_update, max_update )
 
-where root is the square root ("rms", "sqrt_abs") or the identity ("abs"). Without clipping, b1 = 1 - beta1^t and
+where root is the square root ("rms", "sqrt_abs") or the identity ("abs"). Relative damping adds a floor to v / b2
+("sqrt_abs") or to its root, which is a fraction of the group's mean curvature. Without clipping, b1 = 1 - beta1^t and
 b2 = 1 - beta2^n are Adam's bias corrections; clipped batches have smaller weights (see ``clipping_weights``). The
 trust region also needs ``sum D u^2``. Its D is the curvature damped by eps, as in the denominator: the denominator
 itself, or its square for "sqrt_abs".
@@ -15,6 +16,7 @@ saves two passes over memory.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -49,6 +51,7 @@ class UpdateRule(NamedTuple):
     """The hyperparameters of the normalised update, of one param group.
 
     ``clipping`` holds the averages by which clipping has changed the weights of m and of v, (1, 1) without clipping.
+    ``floor`` is added to the curvature, in its units.
     """
 
     beta1: float
@@ -58,6 +61,7 @@ class UpdateRule(NamedTuple):
     max_update: float | None
     measure_curvature: bool
     clipping: tuple[float | Tensor, float | Tensor] = (1.0, 1.0)
+    floor: float | Tensor = 0.0
 
 
 class Update(NamedTuple):
@@ -84,6 +88,7 @@ def normalized_update(
     one denominator alive at a time instead of all of them halved the time at a million parameters.
     """
     grad_clipping, curvature_clipping = rule.clipping
+    floor = beside(rule.floor, batch.params[0])
     if batch.counts is None or isinstance(grad_clipping, Tensor) or isinstance(curvature_clipping, Tensor):
         eps, gain, unit = rule.eps, 1.0, 1.0
         steps, refreshes = batch.counts or (batch.steps, batch.refreshes)
@@ -95,15 +100,39 @@ def normalized_update(
         eps, gain = rule.eps * root, root / ((1 - rule.beta1 ** batch.counts[0]) * grad_clipping)
         unit = (gain / root) ** 2 if rule.denominator == "sqrt_abs" else gain**2 / root
         m, v = batch.grad_averages, batch.curvature_averages
+        floor = floor * (root if rule.denominator == "rms" else weight)
+    if rule.denominator != "sqrt_abs":
+        eps, floor = eps + floor, 0.0
     bound = None if rule.max_update is None else rule.max_update / gain
     large = large_on_cpu(m)
     if foreach and not large:
-        directions, along = _foreach(m, v, eps, bound, rule)
+        directions, along = _foreach(m, v, eps, floor, bound, rule)
     else:
         reuse = buffers is not None and large and not torch.compiler.is_compiling()
         out = _reserve(buffers, batch.params, m) if buffers is not None and reuse else None
-        directions, along = _one_by_one(m, v, eps, bound, rule, out)
+        directions, along = _one_by_one(m, v, eps, floor, bound, rule, out)
     return Update(directions, gain, along * unit)
+
+
+def mean_curvature(batches: Sequence[Batch], rule: UpdateRule) -> float | Tensor:
+    """The mean of the curvature over all entries of a group; the root of the mean square for "rms"."""
+    total: float | Tensor = 0.0
+    entries = 0
+    for batch in batches:
+        v = batch.curvature_averages
+        clipping = beside(rule.clipping[1], v[0])
+        if batch.counts is None:
+            part = sum_of_scalars([x.sum() for x in _corrected(v, rule.beta2, batch.refreshes, clipping)])
+        else:
+            part = sum_of_scalars([x.sum() for x in v]) / ((1 - rule.beta2 ** batch.counts[1]) * clipping)
+        total = beside(total, part) + beside(part, total)
+        entries += sum(x.numel() for x in v)
+    mean = total / max(entries, 1)
+    return mean**0.5 if rule.denominator == "rms" else mean
+
+
+def _is_something(floor: float | Tensor) -> bool:
+    return isinstance(floor, Tensor) or floor != 0.0
 
 
 def _corrected(
@@ -132,19 +161,26 @@ def _reserve(buffers: dict[Tensor, Tensor], params: list[Tensor], likes: list[Te
 def _one_by_one(
     averages: list[Tensor],
     curvatures: list[Tensor],
-    eps: float,
+    eps: float | Tensor,
+    floor: float | Tensor,
     bound: float | None,
     rule: UpdateRule,
     out: list[Tensor] | None,
 ) -> tuple[list[Tensor], float | Tensor]:
     rooted = rule.denominator != "abs"
     offset = as_operand(eps, averages[0])
+    damped = _is_something(floor)
     directions = []
     terms: list[Tensor] = []
     for index, (m, v) in enumerate(zip(averages, curvatures, strict=True)):
         room = None if out is None else out[index]
         first = None if rule.measure_curvature else room  # the denominator may be overwritten by the update
-        d = torch.sqrt(v, out=first).add_(offset) if rooted else torch.add(v, offset, out=first)
+        if not rooted:
+            d = torch.add(v, offset, out=first)
+        elif damped:
+            d = torch.add(v, floor, out=first).sqrt_().add_(offset)
+        else:
+            d = torch.sqrt(v, out=first).add_(offset)
         u = torch.div(m, d, out=room if rule.measure_curvature else d)
         if bound is not None:
             u.clamp_(-bound, bound)
@@ -156,13 +192,22 @@ def _one_by_one(
 
 
 def _foreach(
-    averages: list[Tensor], curvatures: list[Tensor], eps: float, bound: float | None, rule: UpdateRule
+    averages: list[Tensor],
+    curvatures: list[Tensor],
+    eps: float | Tensor,
+    floor: float | Tensor,
+    bound: float | None,
+    rule: UpdateRule,
 ) -> tuple[list[Tensor], float | Tensor]:
     offset = as_operand(eps, averages[0])
     if rule.denominator == "abs":
         d = torch._foreach_add(curvatures, offset)
     else:
-        d = torch._foreach_sqrt(curvatures)
+        if _is_something(floor):
+            d = torch._foreach_add(curvatures, as_operand(floor, averages[0]))
+            torch._foreach_sqrt_(d)
+        else:
+            d = torch._foreach_sqrt(curvatures)
         torch._foreach_add_(d, offset)
     u = torch._foreach_div(averages, d)
     if bound is not None:

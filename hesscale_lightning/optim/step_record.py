@@ -21,6 +21,7 @@ class StepRecord:
         rule: how the normalised update was computed.
         size: what the normalised update was multiplied by, learning rate and trust region.
         scale: the trust region's factor alone.
+        along: ``sum D u^2`` of the normalised update, where there is a trust region.
         clipping: the factor by which gradients had been clipped.
         foreach: whether multi-tensor kernels were used.
         maximize: whether the objective is maximised.
@@ -30,6 +31,7 @@ class StepRecord:
     rule: UpdateRule
     size: float | Tensor
     scale: float | Tensor
+    along: float | Tensor
     clipping: float | Tensor
     foreach: bool
     maximize: bool

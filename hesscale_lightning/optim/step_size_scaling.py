@@ -13,6 +13,7 @@ from hesscale_lightning.optim.diagonals import clear_diagonals, missing_diagonal
 from hesscale_lightning.optim.gradient_rescaling import GradientRescaling, GroupScale
 from hesscale_lightning.optim.hyperparameters import check_denominator, use_foreach
 from hesscale_lightning.optim.parameter_state import state_dtype
+from hesscale_lightning.optim.radius import CalibratedRadius, Regions, calibration
 from hesscale_lightning.optim.tensor_lists import add_one, beside, inner_product, large_on_cpu, sum_of_scalars
 from hesscale_lightning.optim.trust_region import (
     flatten_statistics,
@@ -25,7 +26,10 @@ _STATE_KEY = "step_size_scaling"
 
 
 class _GroupStep(NamedTuple):
-    """What the latest step did to one param group; ``back`` holds old minus proposed parameters."""
+    """What the latest step did to one param group; ``back`` holds old minus proposed parameters.
+
+    ``curvature_along`` is of the proposal, ``scale`` what was taken of it.
+    """
 
     params: list[Tensor]
     back: list[Tensor]
@@ -63,6 +67,11 @@ class StepSizeScaling(Optimizer):
         beta: decay rate of the curvature average, which counts only steps with a new diagonal (default: 0.999).
         denominator: how the average is formed, "rms" (root of the average square) or "abs" (average absolute value)
             (default: "rms").
+        damping: this fraction of the group's mean curvature (of the root of the mean square for "rms") is added to D
+            (default: 0.0).
+        radius: what ``delta`` is measured in, if it is not the quadratic model's own units; a group's own is its
+            ``scaling_radius`` (default: None). The region is that of the step that the wrapped optimizer proposes, with
+            its learning rate.
 
     Raises:
         TypeError: if ``optimizer`` cannot be wrapped.
@@ -89,6 +98,8 @@ class StepSizeScaling(Optimizer):
     delta: float
     beta: float
     denominator: str
+    damping: float
+    radius: CalibratedRadius | None
     curvature: dict[Tensor, dict[str, Tensor]]
 
     def __init__(
@@ -98,6 +109,8 @@ class StepSizeScaling(Optimizer):
         *,
         beta: float = 0.999,
         denominator: Denominator = "rms",
+        damping: float = 0.0,
+        radius: CalibratedRadius | None = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
@@ -111,6 +124,8 @@ class StepSizeScaling(Optimizer):
             raise ValueError(f"delta must be > 0, got {delta}")
         if not 0 <= beta < 1:
             raise ValueError(f"beta must be in [0, 1), got {beta}")
+        if not damping >= 0:
+            raise ValueError(f"damping must be >= 0, got {damping}")
         check_denominator(denominator)
         # Not Optimizer.__init__, which would make param groups of its own: this object is a view of another's.
         self.__setstate__(
@@ -119,7 +134,10 @@ class StepSizeScaling(Optimizer):
                 "delta": delta,
                 "beta": beta,
                 "denominator": denominator,
+                "damping": damping,
+                "radius": radius,
                 "curvature": {},
+                "_regions": Regions("scaling_delta"),
             }
         )
 
@@ -139,7 +157,7 @@ class StepSizeScaling(Optimizer):
         return self.optimizer.state
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("optimizer", "delta", "beta", "denominator", "curvature")
+        names = ("optimizer", "delta", "beta", "denominator", "damping", "radius", "curvature", "_regions")
         return {name: self.__dict__[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -156,8 +174,16 @@ class StepSizeScaling(Optimizer):
     def _reset_groups(self) -> None:
         self._latest: list[_GroupStep] = []
         self._rescaling = GradientRescaling(self.param_groups)
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
             group.setdefault("scaling_delta", self.delta)
+            radius = group.pop("scaling_radius", self.radius)  # it holds a function: no part of the state
+            if index >= len(self.radii):
+                self._regions.add_group(group, radius)
+
+    @property
+    def radii(self) -> list[CalibratedRadius | None]:
+        """What each group's ``scaling_delta`` is measured in. Entries may be exchanged."""
+        return self._regions.radii
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group to the wrapped optimizer; it may set its own ``scaling_delta``."""
@@ -226,11 +252,26 @@ class StepSizeScaling(Optimizer):
             self._remember(params)
         self.optimizer.step()
         self._latest = [
-            self._scale_group(group, params, grad_scale)
-            for group, params, grad_scale in zip(self.param_groups, moving, grad_scales, strict=True)
+            self._scale_group(index, params, grad_scale)
+            for index, (params, grad_scale) in enumerate(zip(moving, grad_scales, strict=True))
         ]
+        if any(self.radii):
+            self._calibrate()
         self.awaits_diagonals = False
         return loss
+
+    def _calibrate(self) -> None:
+        """Measure how far the step went, and take back what was much too far."""
+        latest = self._latest
+
+        def predicted(index: int) -> float | Tensor:
+            return latest[index].curvature_along * latest[index].scale * latest[index].scale / 2
+
+        rates = [1.0] * len(latest)  # they are in the proposals
+        for index, factor in self._regions.observe(self.param_groups, predicted, rates).items():
+            step = latest[index]
+            _pull_back(step.params, step.back, step.scale * (1 - factor))
+            latest[index] = step._replace(scale=step.scale * factor)
 
     def _gather(self, group_index: int) -> list[Tensor]:
         """The parameters of one group that will move, each with a diagonal or an average; nothing changes."""
@@ -252,10 +293,14 @@ class StepSizeScaling(Optimizer):
         if params:
             torch._foreach_copy_([self._buffers[param] for param in params], params)
 
-    def _scale_group(self, group: dict[str, Any], params: list[Tensor], grad_scale: GroupScale) -> _GroupStep:
+    def _scale_group(self, index: int, params: list[Tensor], grad_scale: GroupScale) -> _GroupStep:
+        group = self.param_groups[index]
         back = [self._buffers[param] for param in params]
         along: float | Tensor = 0.0
-        for batch in _by_device_and_dtype(params):
+        squares: float | Tensor = 0.0
+        curvature: float | Tensor = 0.0
+        batches = _by_device_and_dtype(params)
+        for batch in batches:
             self._refresh(batch, grad_scale.unscaling)
             steps = [self._buffers[param] for param in batch]
             if use_foreach(None, batch):
@@ -265,12 +310,19 @@ class StepSizeScaling(Optimizer):
                     step.sub_(param)
             part = self._curvature_along(batch, steps)
             along = beside(along, part) + beside(part, along)
-        scale = trust_region_scale(group["scaling_delta"], along)
+            if self.damping:
+                square = sum_of_scalars([inner_product(step, step) for step in steps])
+                squares = beside(squares, square) + beside(square, squares)
+                part = self._sum_of_averages(batch)
+                curvature = beside(curvature, part) + beside(part, curvature)
+        if self.damping and batches:
+            mean = curvature / max(sum(param.numel() for param in params), 1)
+            along = along + self.damping * (mean**0.5 if self.denominator == "rms" else mean) * squares
+        limit = self._regions.limit(index, group)
+        assert limit is not None
+        scale = trust_region_scale(limit, along)
         if isinstance(scale, Tensor) or scale < 1:
-            for param, step in zip(params, back, strict=True):
-                # new + (1 - s) (old - new), which is exactly new where s = 1
-                rest = 1 - beside(scale, param)
-                param.add_(step * rest) if isinstance(rest, Tensor) else param.add_(step, alpha=rest)
+            _pull_back(params, back, 1 - scale)  # exactly the proposal where the scale is 1
         return _GroupStep(params, back, scale, along, grad_scale, bool(group.get("maximize", False)))
 
     def _refresh(self, params: list[Tensor], unscaling: float | Tensor) -> None:
@@ -296,6 +348,13 @@ class StepSizeScaling(Optimizer):
             foreach=use_foreach(None, params),
         )
 
+    def _sum_of_averages(self, params: list[Tensor]) -> float | Tensor:
+        """The sum of the running averages, with their bias corrected, over parameters of one device and dtype."""
+        states = [self.curvature[param] for param in params]
+        return sum_of_scalars(
+            [state["exp_avg_hess"].sum() / (1 - self.beta ** state["hess_step"].item()) for state in states]
+        )
+
     def _curvature_along(self, params: list[Tensor], steps: list[Tensor]) -> float | Tensor:
         """``sum D u^2`` over parameters of one device and dtype."""
         states = [self.curvature[param] for param in params]
@@ -319,7 +378,18 @@ class StepSizeScaling(Optimizer):
     @property
     def stats(self) -> dict[str, Tensor]:
         """Scalar tensors that describe the latest step, named as in :attr:`AdaHesScale.stats`."""
-        return flatten_statistics([_describe(latest) for latest in self._latest])
+        described = [_describe(latest) for latest in self._latest]
+        for statistics, group, radius in zip(described, self.param_groups, self.radii, strict=False):
+            if radius is not None:
+                statistics["calibration"] = calibration(group)
+        return flatten_statistics(described)
+
+
+def _pull_back(params: list[Tensor], back: list[Tensor], fraction: float | Tensor) -> None:
+    """Undo a fraction of a step."""
+    for param, step in zip(params, back, strict=True):
+        rest = beside(fraction, param)
+        param.add_(step * rest) if isinstance(rest, Tensor) else param.add_(step, alpha=rest)
 
 
 def _by_device_and_dtype(params: list[Tensor]) -> list[list[Tensor]]:

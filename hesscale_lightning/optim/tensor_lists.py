@@ -29,8 +29,10 @@ def large_on_cpu(tensors: list[Tensor]) -> bool:
     return tensors[0].is_cpu and sum(tensor.numel() for tensor in tensors) > _SMALL
 
 
-def as_operand(value: float, like: Tensor) -> Any:
+def as_operand(value: float | Tensor, like: Tensor) -> Any:
     """A number in the form that multi-tensor kernels take fastest: on the CPU they would wrap it once per tensor."""
+    if isinstance(value, Tensor):
+        return value.to(like.dtype)
     return _on_cpu(value, like.dtype) if like.is_cpu and not torch.compiler.is_compiling() else value
 
 

@@ -1,0 +1,183 @@
+"""Trust regions whose radius is measured in something else than the quadratic model's own units.
+
+A diagonal knows the curvature along each parameter and nothing of how parameters act together: along a step in which
+many of them agree, ``sum D u^2 / 2`` can be a hundredth of the change that the step makes. What the step has changed
+can be measured, though, by one evaluation after it, and the ratio of the two changes slowly. A
+:class:`CalibratedRadius` measures now and then, and gives the region that its size promises.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CALIBRATION_KEY = "radius_calibration"
+UNCALIBRATED = (0, 0.0, 0.0)  # steps; sum of the logarithms of measured over predicted, and of their weights
+TOO_FAR = 4.0  # times its radius, from which on a measured step is shortened
+
+
+class CalibratedRadius:
+    r"""What ``delta`` is measured in: a change that a function measures, such as a KL divergence in nats.
+
+    With the model's prediction :math:`q(u) = \frac12 \sum_i D_i u_i^2` of what an update :math:`u` changes, the step is
+
+    .. math::
+
+        s\,\gamma\,u, \qquad s = \min\left(1, \sqrt{\frac{\text{delta} \cdot \text{unit}}{c\; q(u)}}\right), \qquad
+        \log c = \mathrm{EMA}\left(\log \frac{\text{measured}}{\text{predicted}}\right)
+
+    so that a step changes what is measured by ``delta * unit`` at most, to the accuracy of the calibration :math:`c`.
+    The learning rate :math:`\gamma` is the fraction that is taken of the step that fits. Steps are measured when they
+    are made; one that has gone more than four times too far is shortened at once, and :math:`c` starts anew from it.
+
+    Args:
+        measure: Called without arguments after a step, under ``no_grad``; returns how far the step has gone, which must
+            be quadratic in small steps, as a KL divergence or a mean squared change of outputs is. None, or a number
+            that is not positive and finite, is not taken into account. It should compare on the data of the step.
+        unit: What ``delta`` is a multiple of; a function is asked at every step (default: 1.0).
+        every: Measure every so many steps (default: 4).
+        warmup: Measure at each of so many first steps (default: 20).
+        decay: Of the exponential average (default: 0.9).
+
+    Raises:
+        TypeError: If ``measure`` cannot be called.
+        ValueError: If another argument is out of its range.
+
+    Example:
+        The radius is the mean squared change of a linear model's outputs, at most 0.01, however large the rate:
+
+        >>> import torch
+        >>> from hesscale_lightning.optim import AdaHesScale, CalibratedRadius
+        >>> x, weight = torch.ones(1, 100), torch.nn.Parameter(torch.zeros(100))
+        >>> before = (x @ weight).detach()
+        >>> radius = CalibratedRadius(lambda: (x @ weight - before).square().mean())
+        >>> optimizer = AdaHesScale([weight], delta=0.01, radius=radius)
+        >>> (x @ weight - 3).square().sum().backward()
+        >>> weight.hess_diag = torch.full((100,), 2.0)
+        >>> optimizer.step()
+        >>> print(f"{(x @ weight - before).square().mean():.4f}")  # the diagonal alone would have said a hundredth
+        0.0100
+    """
+
+    def __init__(
+        self,
+        measure: Callable[[], float | Tensor | None],
+        *,
+        unit: float | Callable[[], float] = 1.0,
+        every: int = 4,
+        warmup: int = 20,
+        decay: float = 0.9,
+    ) -> None:
+        if not callable(measure):
+            raise TypeError(
+                "measure must be a function that returns how far the latest step has gone, got "
+                f"{type(measure).__name__}; a radius in units of the quadratic model is a number, delta"
+            )
+        if not callable(unit) and not unit > 0:
+            raise ValueError(f"unit must be > 0 or a function, got {unit}")
+        if not every >= 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        if not warmup >= 0:
+            raise ValueError(f"warmup must be >= 0, got {warmup}")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be in [0, 1), got {decay}")
+        self.measure = measure
+        self.unit = unit
+        self.every = every
+        self.warmup = warmup
+        self.decay = decay
+
+    def size(self, delta: float) -> float:
+        """``delta * unit``; infinite as long as the unit is not known, which is where it is not positive and finite."""
+        unit = self.unit() if callable(self.unit) else self.unit
+        return delta * unit if unit > 0 and math.isfinite(unit) else math.inf
+
+
+class Regions:
+    """The trust regions of all param groups of one optimizer: what each is measured in, and its calibration.
+
+    Calibrations live in the param groups, so that they are part of the optimizer's state; the radii, which hold
+    functions, do not.
+
+    Args:
+        key: The group's option that is its ``delta``.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.radii: list[CalibratedRadius | None] = []
+
+    def add_group(self, group: dict[str, Any], radius: CalibratedRadius | None) -> None:
+        """One more group, with what its ``delta`` is measured in (None: the quadratic model's own units)."""
+        if radius is not None:
+            if not isinstance(radius, CalibratedRadius):
+                raise TypeError(
+                    f"radius must be a CalibratedRadius or None, got {type(radius).__name__}; a radius in units of "
+                    f"the quadratic model is a number, {self.key}"
+                )
+            if group.get(self.key) is None:
+                raise ValueError(f"{self.key} is None, but radius says what it is measured in: give it a number")
+            if group.get("capturable", False):
+                raise ValueError("a radius that is measured reads its measure on the host: it cannot be capturable")
+            group.setdefault(CALIBRATION_KEY, UNCALIBRATED)
+        self.radii.append(radius)
+
+    def limit(self, index: int, group: dict[str, Any]) -> float | None:
+        """The largest ``sum D u^2 / 2`` of one group's update; None for no limit."""
+        delta: float | None = group[self.key]
+        radius = self.radii[index]
+        if radius is None or delta is None:
+            return delta
+        return radius.size(delta) / calibration(group)
+
+    def observe(
+        self, groups: Sequence[dict[str, Any]], predicted: Callable[[int], float | Tensor], rates: Sequence[float]
+    ) -> dict[int, float]:
+        """Measures the step that was just made, where it is time.
+
+        Args:
+            groups: The param groups.
+            predicted: From a group's index to ``sum D u^2 / 2`` of the step that was made.
+            rates: The learning rate of each group.
+
+        Returns:
+            Factors, by group's index, for steps that have gone too far.
+        """
+        factors: dict[int, float] = {}
+        for index, (group, radius) in enumerate(zip(groups, self.radii, strict=True)):
+            if radius is None:
+                continue
+            steps, logs, weight = group.get(CALIBRATION_KEY, UNCALIBRATED)
+            steps += 1
+            if steps <= radius.warmup or steps % radius.every == 0:
+                found, model = radius.measure(), float(predicted(index))
+                measured = math.nan if found is None else float(found)
+                if _is_useful(measured) and _is_useful(model):
+                    ratio = math.log(measured / model)
+                    logs = radius.decay * logs + (1 - radius.decay) * ratio
+                    weight = radius.decay * weight + (1 - radius.decay)
+                    allowed = radius.size(group[self.key]) * rates[index] ** 2
+                    if measured > TOO_FAR * allowed > 0:
+                        factors[index] = math.sqrt(allowed / measured)
+                        logs = max(logs, weight * ratio)
+            group[CALIBRATION_KEY] = (steps, logs, weight)
+        return factors
+
+
+def calibration(group: dict[str, Any]) -> float:
+    """How many times more a group's steps change than the model predicts, ``c``; 1 before the first measure."""
+    _, logs, weight = group.get(CALIBRATION_KEY, UNCALIBRATED)
+    return math.exp(logs / weight) if weight else 1.0
+
+
+def _is_useful(value: float) -> bool:
+    return value > 0 and math.isfinite(value)
+
+
+def host_rate(rate: float | Tensor) -> float:
+    """A learning rate on the host."""
+    return float(rate.item()) if isinstance(rate, torch.Tensor) else rate
