@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from sb3_contrib.common.maskable import policies as maskable
@@ -20,6 +21,7 @@ from sb3_integration.policies import (
     HesScaleActorCriticPolicy,
     HesScaleMultiInputActorCriticPolicy,
     HesScaleValueMixin,
+    Radius,
 )
 
 
@@ -32,6 +34,8 @@ class HesScaleCriticOnlyMixin(HesScaleActorCriticMixin):
     Raises:
         ValueError: If options are given for the actor, or for what it shares with the critic.
     """
+
+    _defaults: ClassVar = {"loss": defaults.PPO}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = [f"{network}_optimizer_kwargs" for network in ("actor", "features")]
@@ -105,7 +109,9 @@ class HesScaleQuantileMixin(HesScaleValueMixin):
     ``policy_kwargs=dict(optimizer_class=AdaHesScale)``.
     """
 
-    def _defaults_if_injected(self, optimizer_class: Any, optimizer_kwargs: Any) -> defaults.OptimizerDefaults | None:
+    def _defaults_if_injected(
+        self, optimizer_class: Any, optimizer_kwargs: Any
+    ) -> Mapping[Radius, defaults.OptimizerDefaults] | None:
         if defaults.injected_by_qrdqn(optimizer_class, optimizer_kwargs):
             return self._defaults
         if optimizer_class is torch.optim.Adam and set(optimizer_kwargs or ()) == {"eps"}:

@@ -1,8 +1,10 @@
 """The optimizer that a policy uses where ``policy_kwargs`` says nothing, per family of algorithms.
 
-Stable-Baselines3's learning rates are made for Adam, whose normalised update has no units. AdaHesScale's ``lr`` is the
-fraction of a damped Newton step, so ``lr_scale`` translates the one into the other, and ``delta`` bounds how far the
-quadratic model may move the loss in one step. Where the values come from: docs/reinforcement_learning.md.
+With ``radius="kl"`` the size of steps is given in nats and in fractions of the critic's loss, and no learning rate is
+needed (see :mod:`sb3_integration.policy_radius`). With ``radius="loss"`` AdaHesScale's ``lr`` is the fraction of a
+damped Newton step; Stable-Baselines3's rates are made for Adam, whose update has no units, so ``lr_scale`` translates
+the one into the other, and ``delta`` bounds how far the quadratic model may move the loss in one step. Where the values
+come from: docs/reinforcement_learning.md.
 """
 
 from __future__ import annotations
@@ -27,15 +29,33 @@ class OptimizerDefaults:
     Attributes:
         method: curvature estimate, as for :func:`hesscale_lightning.attach`.
         optimizer_kwargs: AdaHesScale's options.
-        critic: Those that are different for the critic: its loss has the scale of the squared returns, the actor's that
-            of the advantages.
+        critic: Those that are different for the critic.
+        features: Those that are different for what actor and critic share.
     """
 
     method: Method
     optimizer_kwargs: Mapping[str, Any]
     critic: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    features: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
+# A radius in nats for the actor, as a fraction of its loss for the critic, as a multiple of both for what they share.
+# The floor of the actor's metric is absolute, eps^2 = 1e-3: Fisher information has no units of a reward, and a softmax
+# that is sure of its actions has none left.
+_NATS = {
+    "denominator": "sqrt_abs",
+    "max_update": None,
+    "delta": 3e-4,
+    "damping": 0.01,
+    "eps": 1e-3**0.5,
+}
+PPO_KL = OptimizerDefaults(
+    "hesscale_gn", _NATS, critic={"delta": 1e-3, "eps": 1e-8}, features={"delta": 1.0, "eps": 1e-8}
+)
+A2C_KL = OptimizerDefaults(
+    "hesscale_gn", _NATS, critic={"delta": 1e-2, "eps": 1e-8}, features={"delta": 1.0, "eps": 1e-8}
+)
+# A radius in units of the loss: the critic's has the scale of the squared returns, the actor's that of the advantages.
 PPO = OptimizerDefaults("hesscale_gn", {"lr_scale": 3.0, "eps": 1e-5, "delta": 1e-5}, critic={"delta": 1e-3})
 A2C = OptimizerDefaults("hesscale_gn", {"lr_scale": 1.0, "eps": 1e-5, "delta": 1e-5}, critic={"delta": 1e-3})
 DQN = OptimizerDefaults("hesscale", {"lr_scale": 10.0, "eps": 1e-5})
@@ -64,11 +84,19 @@ def injected_by_qrdqn(optimizer_class: type[Optimizer] | None, optimizer_kwargs:
 
 @dataclass(frozen=True)
 class Resolved:
-    """The optimizer to build, and what the critic's param group sets apart from the rest."""
+    """The optimizer to build, and what the param groups of some networks set apart from the rest."""
 
     optimizer_class: Any
     optimizer_kwargs: dict[str, Any] | None
     critic: dict[str, Any]
+    features: dict[str, Any]
+    uses_defaults: bool
+
+
+def is_adahesscale(optimizer_class: Any) -> bool:
+    """Whether the defaults are meant for it: AdaHesScale (None), a subclass, or a partial of these."""
+    made_of = optimizer_class.func if isinstance(optimizer_class, partial) else optimizer_class
+    return made_of is None or (isinstance(made_of, type) and issubclass(made_of, AdaHesScale))
 
 
 def resolve(optimizer_class: Any, optimizer_kwargs: Mapping[str, Any] | None, defaults: OptimizerDefaults) -> Resolved:
@@ -76,12 +104,13 @@ def resolve(optimizer_class: Any, optimizer_kwargs: Mapping[str, Any] | None, de
     if optimizer_class is None:
         optimizer_class = AdaHesScale
     chosen = dict(optimizer_kwargs or {})
-    made_of, fixed = optimizer_class, set(chosen)
+    fixed = set(chosen)
     if isinstance(optimizer_class, partial):
-        made_of, fixed = optimizer_class.func, fixed | set(optimizer_class.keywords)
-    if not (isinstance(made_of, type) and issubclass(made_of, AdaHesScale)):
-        return Resolved(optimizer_class, None if optimizer_kwargs is None else chosen, {})
+        fixed |= set(optimizer_class.keywords)
+    if not is_adahesscale(optimizer_class):
+        return Resolved(optimizer_class, None if optimizer_kwargs is None else chosen, {}, {}, False)
     options = {name: value for name, value in defaults.optimizer_kwargs.items() if name not in fixed}
-    # An option that the user sets for all networks is meant for the critic too.
+    # An option that the user sets for all networks is meant for each of them.
     critic = {name: value for name, value in defaults.critic.items() if name not in fixed}
-    return Resolved(optimizer_class, {**options, **chosen}, critic)
+    features = {name: value for name, value in defaults.features.items() if name not in fixed}
+    return Resolved(optimizer_class, {**options, **chosen}, critic, features, True)

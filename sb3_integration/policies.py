@@ -8,7 +8,7 @@ public: put one before a policy class of your own, or before one of sb3-contrib'
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from stable_baselines3.common.policies import (
@@ -28,8 +28,12 @@ from hesscale_lightning.curvature.engine import METHODS, Method
 from hesscale_lightning.optim import StepSizeScaling
 from sb3_integration import defaults
 from sb3_integration.loss_seam import LossSeam, OutputTag, optimizers_of
+from sb3_integration.policy_radius import PolicyRadius
 
 _OptimizerKwargs = Mapping[str, Any] | None
+Radius = Literal["kl", "loss"]
+_SB3_DISTRIBUTION = ActorCriticPolicy._get_action_dist_from_latent
+_SCHEDULE_POINTS = 101  # at which a learning rate schedule is read to find its largest value
 
 
 class HesScaleMixin(BasePolicy):
@@ -37,8 +41,11 @@ class HesScaleMixin(BasePolicy):
 
     Args:
         args: The policy's own arguments.
+        radius: What the trust regions of actor and critic are measured in: "kl", nats for the actor and a fraction of
+            its loss for the critic (see :mod:`sb3_integration.policy_radius`), or "loss", units of the loss. None takes
+            "kl" for policies of PPO and A2C with AdaHesScale, else "loss".
         method: Curvature estimate: "hesscale", "hesscale_gn", or another of :func:`hesscale_lightning.attach`'s. None
-            takes the algorithm's default.
+            takes the algorithm's default. With ``radius="kl"`` it is "hesscale_gn".
         actor_optimizer_kwargs: Options of the actor's param group alone, such as ``{"lr_scale": 3.0, "delta": 1e-5}``.
         critic_optimizer_kwargs: The same for the critic.
         features_optimizer_kwargs: The same for what actor and critic share: a common features extractor.
@@ -47,11 +54,15 @@ class HesScaleMixin(BasePolicy):
             :class:`hesscale_lightning.StepSizeScaling`) cause curvature to be computed.
 
     Raises:
-        ValueError: If an option belongs to no optimizer, or to a network that the policy does not have.
+        ValueError: If an option belongs to no optimizer, or to a network that the policy does not have, or the radius
+            cannot be measured.
     """
 
-    _defaults: ClassVar[defaults.OptimizerDefaults]
+    _defaults: ClassVar[Mapping[Radius, defaults.OptimizerDefaults]]  # the first one is taken if nothing is said
     seam: LossSeam
+    radius: Radius
+    policy_radius: PolicyRadius | None = None
+    _peak_rate = 0.0  # the largest value of the algorithm's learning rate schedule, where it is known
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -65,6 +76,7 @@ class HesScaleMixin(BasePolicy):
     def __init__(
         self,
         *args: Any,
+        radius: Radius | None = None,
         method: Method | None = None,
         actor_optimizer_kwargs: _OptimizerKwargs = None,
         critic_optimizer_kwargs: _OptimizerKwargs = None,
@@ -73,29 +85,56 @@ class HesScaleMixin(BasePolicy):
     ) -> None:
         optimizer_class = kwargs.pop("optimizer_class", None)
         optimizer_kwargs = kwargs.pop("optimizer_kwargs", None)
-        start = self._defaults
+        families = self._defaults
         injected = self._defaults_if_injected(optimizer_class, optimizer_kwargs)
         if injected is not None:
-            start, optimizer_class, optimizer_kwargs = injected, None, None
-        resolved = defaults.resolve(optimizer_class, optimizer_kwargs, start)
-        method = start.method if method is None else method
+            families, optimizer_class, optimizer_kwargs = injected, None, None
+        self.__dict__["radius"] = radius = self._chosen_radius(radius, families, optimizer_class)
+        resolved = defaults.resolve(optimizer_class, optimizer_kwargs, families[radius])
+        method = families[radius].method if method is None else method
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        if radius == "kl" and method != "hesscale_gn":
+            raise ValueError(
+                f'radius="kl" measures with Fisher information, a Gauss-Newton matrix: method must be hesscale_gn, got '
+                f'{method!r}; for another one pass radius="loss"'
+            )
         kwargs.update(optimizer_class=resolved.optimizer_class, optimizer_kwargs=resolved.optimizer_kwargs)
         super().__init__(*args, **kwargs)
-        self._network_options = {
+        self._user_options = {
             "actor": dict(actor_optimizer_kwargs or {}),
-            "critic": {**resolved.critic, **(critic_optimizer_kwargs or {})},
+            "critic": dict(critic_optimizer_kwargs or {}),
             "features": dict(features_optimizer_kwargs or {}),
         }
-        self._group_by_network()
+        self._network_options = {
+            "actor": self._user_options["actor"],
+            "critic": {**resolved.critic, **self._user_options["critic"]},
+            "features": {**resolved.features, **self._user_options["features"]},
+        }
+        if radius == "kl":
+            self.policy_radius = PolicyRadius(self)
+        self._group_by_network(families[radius])
         self.seam = LossSeam(self, method)
         self.seam.watch(optimizers_of(self))
         self._tag_outputs()
 
+    def _chosen_radius(
+        self, radius: Radius | None, families: Mapping[Radius, defaults.OptimizerDefaults], optimizer_class: Any
+    ) -> Radius:
+        if radius is None:
+            return next(iter(families)) if defaults.is_adahesscale(optimizer_class) else "loss"
+        if radius not in get_args(Radius):
+            raise ValueError(f'radius must be "kl" or "loss", got {radius!r}')
+        if radius not in families:
+            raise ValueError(
+                f"radius={radius!r} is for policies of PPO, A2C and their relatives, whose actor has a distribution of "
+                f'actions that an optimizer moves; {type(self).__name__} takes radius="loss"'
+            )
+        return radius
+
     def _defaults_if_injected(
         self, optimizer_class: Any, optimizer_kwargs: _OptimizerKwargs
-    ) -> defaults.OptimizerDefaults | None:
+    ) -> Mapping[Radius, defaults.OptimizerDefaults] | None:
         """The defaults of an algorithm that put an optimizer of its own where the user gave none; None otherwise."""
         return None
 
@@ -106,10 +145,10 @@ class HesScaleMixin(BasePolicy):
         """The network, "actor", "critic" or "features", of a parameter in the optimizer of ``owner``."""
         raise NotImplementedError
 
-    def _group_by_network(self) -> None:
+    def _group_by_network(self, family: defaults.OptimizerDefaults) -> None:
         """Builds the optimizers anew with a param group for each network, where they can make use of it."""
         names = {id(param): name for name, param in self.named_parameters()}
-        unused = {network for network, options in self._network_options.items() if options}
+        unused = {network for network, options in self._user_options.items() if options}
         for owner in (self, *self.children()):
             built = owner.__dict__.get("optimizer")
             if built is None:
@@ -119,11 +158,14 @@ class HesScaleMixin(BasePolicy):
                 networks.setdefault(self._network_of(owner, param), []).append((names[id(param)], param))
             unused -= set(networks)
             options = {network: self._network_options[network] for network in networks}
-            if not hasattr(built, "awaits_diagonals") and not any(options.values()):
+            if not hasattr(built, "awaits_diagonals") and not any(options.values()) and self.policy_radius is None:
                 continue  # as Stable-Baselines3 made it
             for network in networks:
                 _check_options(network, options[network], built)
-            groups = [{"params": named, "network": network, **options[network]} for network, named in networks.items()]
+            groups = [
+                {"params": named, "network": network, **options[network], **self._measured_in(network, family, built)}
+                for network, named in networks.items()
+            ]
             owner.optimizer = self.optimizer_class(groups, lr=built.param_groups[0]["lr"], **self.optimizer_kwargs)  # type: ignore
         if unused:
             raise ValueError(
@@ -132,10 +174,31 @@ class HesScaleMixin(BasePolicy):
                 "share"
             )
 
+    def _measured_in(self, network: str, family: defaults.OptimizerDefaults, built: Optimizer) -> dict[str, Any]:
+        """The options of a param group whose radius is measured."""
+        if self.policy_radius is None:
+            return {}
+        radius, chosen = self.policy_radius.of_network(network), self._network_options[network]
+        if isinstance(built, StepSizeScaling):
+            own: Mapping[str, Any] = {"critic": family.critic, "features": family.features}.get(network, {})
+            delta = {**family.optimizer_kwargs, **own}["delta"]
+            return {"scaling_delta": chosen.get("scaling_delta", delta), "scaling_radius": radius}
+        if not hasattr(built, "radii"):
+            raise ValueError(
+                f'radius="kl" needs an optimizer with a trust region, AdaHesScale or StepSizeScaling, got '
+                f"{type(built).__name__}"
+            )
+        if chosen.get("delta", built.defaults["delta"]) is None:
+            raise ValueError('delta is None, which says that there is no trust region: pass radius="loss" with it')
+        # The rate is a fraction of the largest one, and that of the step that fits into the region.
+        rate = chosen.get("lr_scale", built.defaults["lr_scale"])
+        return {"lr_scale": rate / self._peak_rate if self._peak_rate > 0 else rate, "radius": radius}
+
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
         data.update({f"{network}_optimizer_kwargs": options for network, options in self._network_options.items()})
         data["method"] = self.seam.method
+        data["radius"] = self.radius
         if hasattr(self, "share_features_extractor"):  # which Stable-Baselines3 leaves out
             data["share_features_extractor"] = self.share_features_extractor
         return data
@@ -195,12 +258,19 @@ class HesScaleActorCriticMixin(HesScaleMixin):
     train with RMSprop, name it with options of your own.
     """
 
-    _defaults = defaults.PPO
+    _defaults: ClassVar = {"kl": defaults.PPO_KL, "loss": defaults.PPO}
 
     def _defaults_if_injected(
         self, optimizer_class: Any, optimizer_kwargs: _OptimizerKwargs
-    ) -> defaults.OptimizerDefaults | None:
-        return defaults.A2C if defaults.injected_by_a2c(optimizer_class, optimizer_kwargs) else None
+    ) -> Mapping[Radius, defaults.OptimizerDefaults] | None:
+        if not defaults.injected_by_a2c(optimizer_class, optimizer_kwargs):
+            return None
+        return {radius: {"kl": defaults.A2C_KL, "loss": defaults.A2C}[radius] for radius in self._defaults}
+
+    def _build(self, lr_schedule: Any) -> None:
+        points = [k / (_SCHEDULE_POINTS - 1) for k in range(_SCHEDULE_POINTS)]
+        self._peak_rate = max(float(lr_schedule(point)) for point in points)
+        super()._build(lr_schedule)  # type: ignore[misc]
 
     def _network_of(self, owner: nn.Module, param: nn.Parameter) -> str:
         belongs = [network for network, modules in self._own_modules().items() if _holds(modules, param)]
@@ -217,10 +287,25 @@ class HesScaleActorCriticMixin(HesScaleMixin):
 
     def evaluate_actions(self, *args: Any, **kwargs: Any) -> Any:
         """As the policy's own; the values are tagged, or what goes with them if the critic is frozen."""
-        values, *others = super().evaluate_actions(*args, **kwargs)  # type: ignore[misc]
+        if self.policy_radius is None or not torch.is_grad_enabled():
+            values, *others = super().evaluate_actions(*args, **kwargs)  # type: ignore[misc]
+        else:
+            with self.policy_radius.watching(args, kwargs):
+                values, *others = super().evaluate_actions(*args, **kwargs)  # type: ignore[misc]
         if values.requires_grad:  # one tag is enough, and each makes the operations after it dearer
             return self.seam.tag(values), *others
         return values, *(self.seam.tag(output) for output in others)
+
+    def _get_action_dist_from_latent(self, latent_pi: Tensor) -> Any:
+        policy: Any = self
+        own: Any = super()._get_action_dist_from_latent  # type: ignore[misc]
+        radius = self.policy_radius
+        if radius is None or not radius.gives_log_std or own.__func__ is not _SB3_DISTRIBUTION:
+            return own(latent_pi)
+        mean = policy.action_net(latent_pi)
+        if policy.use_sde:
+            return policy.action_dist.proba_distribution(mean, radius.log_std_of_gsde(latent_pi), latent_pi)
+        return policy.action_dist.proba_distribution(mean, radius.log_std())
 
     def predict_values(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the policy's own; the values are tagged where they require grad."""
@@ -231,7 +316,7 @@ class HesScaleActorCriticMixin(HesScaleMixin):
 class HesScaleValueMixin(HesScaleMixin):
     """For policies with one network of action values, as DQN's and QR-DQN's."""
 
-    _defaults = defaults.DQN
+    _defaults: ClassVar = {"loss": defaults.DQN}
 
     def _network_of(self, owner: nn.Module, param: nn.Parameter) -> str:
         return "critic"
@@ -248,7 +333,7 @@ class HesScaleActionValueMixin(HesScaleMixin):
     the optimizer between its ``zero_grad()`` and its ``step()`` receive curvature.
     """
 
-    _defaults = defaults.ACTOR_CRITIC_OFF_POLICY
+    _defaults: ClassVar = {"loss": defaults.ACTOR_CRITIC_OFF_POLICY}
 
     def _network_of(self, owner: nn.Module, param: nn.Parameter) -> str:
         return "actor" if owner is self.actor else "critic"

@@ -13,6 +13,7 @@ from hesscale_lightning.curvature.engine import METHODS, Method, attach, backwar
 from hesscale_lightning.curvature.operation import Operation, UnsupportedOperationError
 from hesscale_lightning.curvature.reference import exact_hess_diag, exact_local_diag
 from hesscale_lightning.curvature.registry import Rule, register_rule, registered_rules
+from hesscale_lightning.curvature.rules.sources import with_curvature
 from hesscale_lightning.curvature.values import ZERO, opaque
 
 __all__ = [
@@ -33,4 +34,5 @@ __all__ = [
     "register_rule",
     "registered_rules",
     "supported_params",
+    "with_curvature",
 ]

@@ -63,8 +63,9 @@ class AdaHesScale(Optimizer):
 
     where :math:`\gamma` is ``lr * lr_scale`` and :math:`\lambda` the weight decay; ``damping`` adds its multiple of the
     group's mean curvature to :math:`D_n`, and a ``radius`` measures ``delta`` in other units (see
-    :class:`CalibratedRadius`). The sum runs over one param group, so networks whose curvature differs, such as an actor and a critic, belong in groups of their own. Unlike Adam's,
-    the update has units: it is a damped Newton step, and ``lr`` is the fraction of it that is taken.
+    :class:`CalibratedRadius`). The sum runs over one param group, so networks whose curvature differs, such as an actor
+    and a critic, belong in groups of their own. Unlike Adam's, the update has units: it is a damped Newton step, and
+    ``lr`` is the fraction of it that is taken.
 
     **Diagonals.** A diagonal is read from ``param.hess_diag``, where :func:`hesscale_lightning.attach` leaves it beside
     ``param.grad``. ``step`` *takes* it: afterwards ``param.hess_diag`` is None, so it cannot enter the average twice,

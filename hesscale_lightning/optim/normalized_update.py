@@ -204,7 +204,7 @@ def _foreach(
         d = torch._foreach_add(curvatures, offset)
     else:
         if _is_something(floor):
-            d = torch._foreach_add(curvatures, as_operand(floor, averages[0]))
+            d = torch._foreach_add(curvatures, floor)
             torch._foreach_sqrt_(d)
         else:
             d = torch._foreach_sqrt(curvatures)

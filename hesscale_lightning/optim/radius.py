@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 CALIBRATION_KEY = "radius_calibration"
-UNCALIBRATED = (0, 0.0, 0.0)  # steps; sum of the logarithms of measured over predicted, and of their weights
+# steps; sums of log(measured / predicted) and of its weights; sums of the unit and of its weights
+UNCALIBRATED = (0, 0.0, 0.0, 0.0, 0.0)
 TOO_FAR = 4.0  # times its radius, from which on a measured step is shortened
 
 
@@ -38,10 +39,12 @@ class CalibratedRadius:
         measure: Called without arguments after a step, under ``no_grad``; returns how far the step has gone, which must
             be quadratic in small steps, as a KL divergence or a mean squared change of outputs is. None, or a number
             that is not positive and finite, is not taken into account. It should compare on the data of the step.
-        unit: What ``delta`` is a multiple of; a function is asked at every step (default: 1.0).
+        unit: What ``delta`` is a multiple of; a function is asked at every step, and what it returns averaged
+            exponentially (default: 1.0).
         every: Measure every so many steps (default: 4).
         warmup: Measure at each of so many first steps (default: 20).
-        decay: Of the exponential average (default: 0.9).
+        decay: Of the average of the calibration (default: 0.9).
+        unit_decay: Of the average of the unit, if it is a function (default: 0.99).
 
     Raises:
         TypeError: If ``measure`` cannot be called.
@@ -67,10 +70,11 @@ class CalibratedRadius:
         self,
         measure: Callable[[], float | Tensor | None],
         *,
-        unit: float | Callable[[], float] = 1.0,
+        unit: float | Callable[[], float | Tensor] = 1.0,
         every: int = 4,
         warmup: int = 20,
         decay: float = 0.9,
+        unit_decay: float = 0.99,
     ) -> None:
         if not callable(measure):
             raise TypeError(
@@ -83,18 +87,15 @@ class CalibratedRadius:
             raise ValueError(f"every must be at least 1, got {every}")
         if not warmup >= 0:
             raise ValueError(f"warmup must be >= 0, got {warmup}")
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay must be in [0, 1), got {decay}")
+        for name, value in (("decay", decay), ("unit_decay", unit_decay)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {value}")
         self.measure = measure
         self.unit = unit
         self.every = every
         self.warmup = warmup
         self.decay = decay
-
-    def size(self, delta: float) -> float:
-        """``delta * unit``; infinite as long as the unit is not known, which is where it is not positive and finite."""
-        unit = self.unit() if callable(self.unit) else self.unit
-        return delta * unit if unit > 0 and math.isfinite(unit) else math.inf
+        self.unit_decay = unit_decay
 
 
 class Regions:
@@ -127,12 +128,24 @@ class Regions:
         self.radii.append(radius)
 
     def limit(self, index: int, group: dict[str, Any]) -> float | None:
-        """The largest ``sum D u^2 / 2`` of one group's update; None for no limit."""
+        """The largest ``sum D u^2 / 2`` of one group's next update; None for no limit. To be asked once per step."""
         delta: float | None = group[self.key]
         radius = self.radii[index]
         if radius is None or delta is None:
             return delta
-        return radius.size(delta) / calibration(group)
+        if callable(radius.unit):
+            unit = float(radius.unit())
+            if _is_useful(unit):
+                steps, logs, weight, units, unit_weight = group[CALIBRATION_KEY]
+                units = radius.unit_decay * units + (1 - radius.unit_decay) * unit
+                unit_weight = radius.unit_decay * unit_weight + (1 - radius.unit_decay)
+                group[CALIBRATION_KEY] = (steps, logs, weight, units, unit_weight)
+        return self._allowed(radius, group) / calibration(group)
+
+    def _allowed(self, radius: CalibratedRadius, group: dict[str, Any]) -> float:
+        """``delta * unit``; infinite as long as nothing is known of the unit."""
+        unit = average_unit(group) if callable(radius.unit) else radius.unit
+        return math.inf if unit is None else float(group[self.key] * unit)
 
     def observe(
         self, groups: Sequence[dict[str, Any]], predicted: Callable[[int], float | Tensor], rates: Sequence[float]
@@ -151,7 +164,7 @@ class Regions:
         for index, (group, radius) in enumerate(zip(groups, self.radii, strict=True)):
             if radius is None:
                 continue
-            steps, logs, weight = group.get(CALIBRATION_KEY, UNCALIBRATED)
+            steps, logs, weight, *units = group.get(CALIBRATION_KEY, UNCALIBRATED)
             steps += 1
             if steps <= radius.warmup or steps % radius.every == 0:
                 found, model = radius.measure(), float(predicted(index))
@@ -160,18 +173,24 @@ class Regions:
                     ratio = math.log(measured / model)
                     logs = radius.decay * logs + (1 - radius.decay) * ratio
                     weight = radius.decay * weight + (1 - radius.decay)
-                    allowed = radius.size(group[self.key]) * rates[index] ** 2
-                    if measured > TOO_FAR * allowed > 0:
+                    allowed = self._allowed(radius, group) * rates[index] ** 2
+                    if measured > TOO_FAR * allowed > 0:  # an infinite one is never exceeded
                         factors[index] = math.sqrt(allowed / measured)
                         logs = max(logs, weight * ratio)
-            group[CALIBRATION_KEY] = (steps, logs, weight)
+            group[CALIBRATION_KEY] = (steps, logs, weight, *units)
         return factors
 
 
 def calibration(group: dict[str, Any]) -> float:
     """How many times more a group's steps change than the model predicts, ``c``; 1 before the first measure."""
-    _, logs, weight = group.get(CALIBRATION_KEY, UNCALIBRATED)
+    _, logs, weight, _, _ = group.get(CALIBRATION_KEY, UNCALIBRATED)
     return math.exp(logs / weight) if weight else 1.0
+
+
+def average_unit(group: dict[str, Any]) -> float | None:
+    """The average of what a group's unit was; None before it was known."""
+    *_, units, weight = group.get(CALIBRATION_KEY, UNCALIBRATED)
+    return units / weight if weight else None
 
 
 def _is_useful(value: float) -> bool:

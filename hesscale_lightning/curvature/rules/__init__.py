@@ -21,5 +21,6 @@ from hesscale_lightning.curvature.rules import (
     selection,
     shape,
     softmax,
+    sources,
     special,
 )

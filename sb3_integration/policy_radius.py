@@ -1,0 +1,314 @@
+"""A trust region for actor and critic in units that every environment shares.
+
+The actor's step is limited by the KL divergence, in nats, of the action distribution after it from that before, the
+critic's by a fraction of its own loss. Both are measured on the minibatch of the step, by evaluating the same actions
+once more without gradient. Between measurements the diagonal predicts, for which the actor's is the Fisher information:
+the Hessian of that very divergence. It comes from the distribution's parameters, where it is known in closed form:
+
+==================  =================================================
+parameter           Fisher information of one sample
+==================  =================================================
+mean                ``1 / sigma^2``
+log_std             2
+logit               ``p (1 - p)``
+gSDE's log_std      ``sum_actions (d variance / d log_std)^2 / (2 variance^2)``
+==================  =================================================
+
+The critic's is Gauss-Newton's of its loss, whose value is ``sum g^2 / (2 h)`` from the gradient and the curvature at
+the values if it is quadratic, as the mean squared error is; the scale of the returns and ``vf_coef`` need not be known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from hesscale_lightning.curvature import Operation, opaque, register_rule, with_curvature
+from hesscale_lightning.optim.radius import CalibratedRadius, average_unit
+
+_MASKED = -1e8  # as sb3-contrib's distributions set the logits of actions that are not allowed
+
+
+class ValueNote:
+    """What backward has delivered at the values: the critic's loss, and the curvature there.
+
+    Attributes:
+        loss: ``sum g^2 / (2 h)``, a scalar tensor; None before the first backward.
+        curvature: h.
+    """
+
+    def __init__(self) -> None:
+        self.loss: Tensor | None = None
+        self.curvature: Tensor | None = None
+
+    def take(self, g: Tensor, h: Tensor) -> None:
+        """Notes the gradient and curvature of one minibatch."""
+        self.loss = torch.where(h > 0, g * g / (2 * h), 0.0).sum()
+        self.curvature = h.clone()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"loss": None, "curvature": None}
+
+
+class ValueProbe(torch.autograd.Function):
+    """The identity; its rule takes down what passes."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, note: ValueNote) -> Tensor:
+        """Returns the values."""
+        ctx.note = note
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Returns the gradient."""
+        return grads[0], None
+
+
+@register_rule("ValueProbeBackward", prepare=lambda op: op.node.note)
+def value_probe(op: Operation, g: Any, h: Any) -> Any:
+    """``y = x``, and a note of g and h."""
+    return _noted(op.prepared, g, h)
+
+
+@opaque
+def _noted(note: ValueNote, g: Tensor | None, h: Tensor | None) -> Tensor | None:
+    if g is not None and h is not None:
+        note.take(g, h)
+    return None if h is None else h.clone()
+
+
+class PolicyRadius:
+    """Measures how far a step moves an actor-critic policy.
+
+    Args:
+        policy: Of PPO, A2C or a relative of theirs: with ``action_net``, ``value_net`` and ``evaluate_actions``.
+
+    Raises:
+        ValueError: If the policy's action distribution is not known here.
+    """
+
+    def __init__(self, policy: Any) -> None:
+        refused = why_not(policy)
+        if refused:
+            raise ValueError(f'radius="kl" {refused}; pass radius="loss"')
+        self.policy = policy
+        self.note = ValueNote()
+        self._masks: Tensor | None = None
+        self._forget()
+        policy.action_net.register_forward_hook(_ActionHook(self))
+        policy.value_net.register_forward_hook(_ValueHook(self))
+
+    def _forget(self) -> None:
+        self._watching = False
+        self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._before: list[tuple[Tensor, ...]] | None = None
+        self._values: Tensor | None = None
+        self._measured: tuple[float | None, float | None] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"policy": self.policy, "note": self.note}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._masks = None
+        self._forget()
+
+    @contextmanager
+    def watching(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """While the policy evaluates actions for a loss: gives the Fisher information, and remembers the outputs."""
+        self._forget()
+        self._masks = kwargs.get("action_masks", args[2] if len(args) > 2 else None) if self._can_mask() else None
+        self._watching = True
+        try:
+            yield
+        finally:
+            self._watching = False
+        self._call = args, kwargs
+        self._before = parameters_of(self.policy.action_dist)
+
+    def _can_mask(self) -> bool:
+        return hasattr(self.policy.action_dist, "apply_masking")
+
+    @property
+    def gives_log_std(self) -> bool:
+        """Whether actions are being evaluated for a loss, and their distribution has a ``log_std``."""
+        return self._watching and isinstance(self.policy.action_space, spaces.Box)
+
+    def log_std(self) -> Tensor:
+        """The policy's ``log_std`` with its Fisher information, for a Gaussian without gSDE."""
+        log_std: Tensor = self.policy.log_std
+        if not self._watching or not log_std.requires_grad:
+            return log_std
+        return with_curvature(log_std, log_std.new_full((), 2.0))
+
+    def log_std_of_gsde(self, latent: Tensor) -> Tensor:
+        """The same with gSDE, whose variance is ``latent^2 @ std^2``."""
+        log_std: Tensor = self.policy.log_std
+        if not self._watching or not log_std.requires_grad:
+            return log_std
+        with torch.no_grad():
+            dist = self.policy.action_dist
+            squares = latent.detach().square()
+            std = dist.get_std(log_std)
+            variance = squares @ std.square() + dist.epsilon
+            # d variance_ba / d log_std_ka = squares_bk d (std_ka^2) / d log_std_ka
+            slope = torch.func.grad(lambda x: dist.get_std(x).square().sum())(log_std.detach())
+            weight = squares.square().t() @ (0.5 / variance.square())  # one column per action
+            if not dist.full_std:  # one std per feature, for all actions
+                slope, weight = slope / dist.action_dim, weight.sum(-1, keepdim=True)
+            information = slope.square() * weight / len(latent)
+        return with_curvature(log_std, information)
+
+    def information(self, output: Tensor, latent: Tensor) -> Tensor:
+        """The Fisher information at the output of ``action_net``, the mean over the minibatch."""
+        with torch.no_grad():
+            if isinstance(self.policy.action_space, spaces.Box):
+                if self.policy.use_sde:
+                    std = self.policy.action_dist.get_std(self.policy.log_std)
+                    variance = latent.square() @ std.square() + self.policy.action_dist.epsilon
+                    return 1 / (variance * len(output))
+                return (-2 * self.policy.log_std).exp() / len(output)
+            probabilities = self._probabilities(output)
+            return probabilities * (1 - probabilities) / len(output)
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        space = self.policy.action_space
+        if self._masks is not None:
+            masks = torch.as_tensor(self._masks, dtype=torch.bool, device=logits.device).reshape(logits.shape)
+            logits = logits.masked_fill(~masks, _MASKED)
+        if isinstance(space, spaces.Discrete):
+            return logits.softmax(-1)
+        if isinstance(space, spaces.MultiDiscrete):
+            return torch.cat([part.softmax(-1) for part in logits.split(space.nvec.reshape(-1).tolist(), -1)], -1)
+        if logits.shape[-1] == 2 * space.n:  # sb3-contrib's masked form of MultiBinary
+            return logits.unflatten(-1, (-1, 2)).softmax(-1).flatten(-2)
+        return logits.sigmoid()
+
+    @torch.no_grad()
+    def _measure(self) -> tuple[float | None, float | None]:
+        """KL divergence and change of the critic's loss that the latest step has made; evaluated once per step."""
+        if self._measured is None:
+            if self._call is None or self._before is None:
+                return None, None
+            args, kwargs = self._call
+            values = self.policy.evaluate_actions(*args, **kwargs)[0]
+            divergence = float(kl_divergence(self._before, parameters_of(self.policy.action_dist)))
+            change = None
+            if self._values is not None and self.note.curvature is not None:
+                moved = values.reshape(-1) - self._values.reshape(-1)
+                change = float((self.note.curvature.reshape(-1) * moved.square()).sum() / 2)
+            self._measured = divergence, change
+        return self._measured
+
+    def divergence(self) -> float | None:
+        """KL divergence of the actions' distribution after the latest step from that before, in nats per sample."""
+        return self._measure()[0]
+
+    def value_change(self) -> float | None:
+        """``sum h (change of value)^2 / 2``, in units of the loss."""
+        return self._measure()[1]
+
+    def shared_change(self) -> float | None:
+        """The larger of the two, each as a multiple of its own radius: for what actor and critic share."""
+        found = []
+        for group in self.policy.optimizer.param_groups:
+            delta = group.get("delta", group.get("scaling_delta"))
+            if group["network"] == "actor":
+                found.append((self.divergence(), delta))
+            elif group["network"] == "critic":
+                unit = average_unit(group)
+                found.append((self.value_change(), None if unit is None else delta * unit))
+        ratios = [measured / allowed for measured, allowed in found if measured is not None and allowed]
+        return max(ratios, default=None)
+
+    def loss(self) -> float:
+        """The critic's loss on the latest minibatch; not a number before the first."""
+        return float("nan") if self.note.loss is None else float(self.note.loss)
+
+    def of_network(self, network: str) -> CalibratedRadius:
+        """What ``delta`` is measured in for "actor", "critic" or "features"."""
+        if network == "actor":
+            return CalibratedRadius(self.divergence)
+        if network == "critic":
+            return CalibratedRadius(self.value_change, unit=self.loss)
+        return CalibratedRadius(self.shared_change)
+
+
+class _ActionHook:
+    """Gives the output of ``action_net`` its Fisher information. An object, so that the network can be pickled."""
+
+    def __init__(self, radius: PolicyRadius) -> None:
+        self.radius = radius
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if not self.radius._watching or not output.requires_grad:
+            return None
+        return with_curvature(output, self.radius.information(output.detach(), args[0].detach()))
+
+
+class _ValueHook:
+    """Lets the critic's loss be noted at the output of ``value_net``."""
+
+    def __init__(self, radius: PolicyRadius) -> None:
+        self.radius = radius
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if not self.radius._watching or not output.requires_grad:
+            return None
+        self.radius._values = output.detach()
+        result: Tensor = ValueProbe.apply(output, self.radius.note)
+        return result
+
+
+def why_not(policy: Any) -> str:
+    """Why the radius cannot be measured for a policy, as the end of a sentence; empty if it can."""
+    for name in ("action_net", "value_net", "evaluate_actions", "action_dist"):
+        if not hasattr(policy, name):
+            return f"needs a policy with {name}, which {type(policy).__name__} has not"
+    space = policy.action_space
+    if not isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
+        return f"does not know the Fisher information of actions in {space}"
+    return ""
+
+
+def parameters_of(dist: Any) -> list[tuple[Tensor, ...]]:
+    """Parameters of an SB3 distribution, detached: (mean, std), (logits of a softmax,), or (logits of bits, None)."""
+    found = getattr(dist, "distribution", None)
+    if found is None:
+        found = dist.distributions
+    parts: Sequence[Any] = found if isinstance(found, (list, tuple)) else [found]
+    made: list[tuple[Any, ...]] = []
+    for part in parts:
+        if isinstance(part, torch.distributions.Normal):
+            made.append((part.loc.detach(), part.scale.detach()))
+        elif isinstance(part, torch.distributions.Bernoulli):
+            made.append((part.logits.detach(), None))
+        else:
+            made.append((part.logits.detach(),))
+    return made
+
+
+def kl_divergence(before: Sequence[tuple[Any, ...]], after: Sequence[tuple[Any, ...]]) -> Tensor:
+    """KL divergence of what was before from what is after, summed over actions, the mean over the minibatch."""
+    total: Any = 0.0
+    for old, new in zip(before, after, strict=True):
+        if len(old) == 1:
+            p = old[0].log_softmax(-1)
+            term = (p.exp() * (p - new[0].log_softmax(-1))).sum(-1)
+        elif old[1] is None:
+            p, q = old[0], new[0]
+            sigma = torch.sigmoid(p)
+            log = nn.functional.logsigmoid
+            term = (sigma * (log(p) - log(q)) + (1 - sigma) * (log(-p) - log(-q))).sum(-1)
+        else:
+            # 1/2 (r - 1 - log r) for r the ratio of variances, without the cancellation near r = 1
+            log_ratio = 2 * (old[1].log() - new[1].log())
+            term = (torch.expm1(log_ratio) - log_ratio + ((old[0] - new[0]) / new[1]).square()).sum(-1) / 2
+        total = total + term.mean()
+    return torch.as_tensor(total)
