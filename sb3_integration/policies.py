@@ -17,7 +17,7 @@ from stable_baselines3.common.policies import (
     BasePolicy,
     MultiInputActorCriticPolicy,
 )
-from stable_baselines3.common.utils import get_device
+from stable_baselines3.common.utils import ConstantSchedule, get_device
 from stable_baselines3.dqn import policies as dqn
 from stable_baselines3.sac import policies as sac
 from stable_baselines3.td3 import policies as td3
@@ -178,7 +178,9 @@ class HesScaleMixin(BasePolicy):
         """The options of a param group whose radius is measured."""
         if self.policy_radius is None:
             return {}
-        radius, chosen = self.policy_radius.of_network(network), self._network_options[network]
+        # The rate is a fraction of the schedule's largest one, and that of the step that fits into the region.
+        radius = self.policy_radius.of_network(network, self._peak_rate if self._peak_rate > 0 else 1.0)
+        chosen = self._network_options[network]
         if isinstance(built, StepSizeScaling):
             own: Mapping[str, Any] = {"critic": family.critic, "features": family.features}.get(network, {})
             delta = {**family.optimizer_kwargs, **own}["delta"]
@@ -190,13 +192,15 @@ class HesScaleMixin(BasePolicy):
             )
         if chosen.get("delta", built.defaults["delta"]) is None:
             raise ValueError('delta is None, which says that there is no trust region: pass radius="loss" with it')
-        # The rate is a fraction of the largest one, and that of the step that fits into the region.
-        rate = chosen.get("lr_scale", built.defaults["lr_scale"])
-        return {"lr_scale": rate / self._peak_rate if self._peak_rate > 0 else rate, "radius": radius}
+        return {"radius": radius}
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
-        data.update({f"{network}_optimizer_kwargs": options for network, options in self._network_options.items()})
+        present = {group.get("network") for optimizer in optimizers_of(self) for group in optimizer.param_groups}
+        for network, user in self._user_options.items():
+            data[f"{network}_optimizer_kwargs"] = self._network_options[network] if network in present else user
+        if self._peak_rate > 0:
+            data["lr_schedule"] = ConstantSchedule(self._peak_rate)  # Stable-Baselines3 leaves zero
         data["method"] = self.seam.method
         data["radius"] = self.radius
         if hasattr(self, "share_features_extractor"):  # which Stable-Baselines3 leaves out

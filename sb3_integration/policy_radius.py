@@ -231,13 +231,13 @@ class PolicyRadius:
         """The critic's loss on the latest minibatch; not a number before the first."""
         return float("nan") if self.note.loss is None else float(self.note.loss)
 
-    def of_network(self, network: str) -> CalibratedRadius:
+    def of_network(self, network: str, full_rate: float = 1.0) -> CalibratedRadius:
         """What ``delta`` is measured in for "actor", "critic" or "features"."""
         if network == "actor":
-            return CalibratedRadius(self.divergence)
+            return CalibratedRadius(self.divergence, full_rate=full_rate)
         if network == "critic":
-            return CalibratedRadius(self.value_change, unit=self.loss)
-        return CalibratedRadius(self.shared_change)
+            return CalibratedRadius(self.value_change, unit=self.loss, full_rate=full_rate)
+        return CalibratedRadius(self.shared_change, full_rate=full_rate)
 
 
 class _ActionHook:
@@ -298,6 +298,8 @@ def kl_divergence(before: Sequence[tuple[Any, ...]], after: Sequence[tuple[Any, 
     """KL divergence of what was before from what is after, summed over actions, the mean over the minibatch."""
     total: Any = 0.0
     for old, new in zip(before, after, strict=True):
+        # In double precision: the divergence is a small difference of large terms.
+        old, new = [[None if x is None else x.double() for x in parameters] for parameters in (old, new)]
         if len(old) == 1:
             p = old[0].log_softmax(-1)
             term = (p.exp() * (p - new[0].log_softmax(-1))).sum(-1)

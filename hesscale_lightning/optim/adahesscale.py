@@ -321,7 +321,7 @@ class AdaHesScale(Optimizer):
         rule = UpdateRule(
             beta1, beta2, group["eps"], group["denominator"], group["max_update"], delta is not None, weights
         )
-        lr = learning_rate(group)
+        lr = self._rate(index)
         foreach = use_foreach(group["foreach"], (param for param, _, _ in found))
 
         batches = self._average(group, found, clipping * beside(grad_scale.unscaling, clipping), foreach)
@@ -341,11 +341,16 @@ class AdaHesScale(Optimizer):
             subtract(batch.params, update.directions, lr * scale * update.gain, foreach=foreach)
         return StepRecord(batches, rule, lr * scale, scale, along, grad_scale.clipping, foreach, group["maximize"])
 
+    def _rate(self, index: int) -> float | Tensor:
+        radius = self._regions.radii[index]
+        rate = learning_rate(self.param_groups[index])
+        return rate if radius is None else rate / radius.full_rate
+
     @never_compiled
     def _calibrate(self) -> None:
         """Measure how far the step went, and take back what was much too far."""
         latest = self._latest
-        rates = [host_rate(learning_rate(group)) for group in self.param_groups]
+        rates = [host_rate(self._rate(index)) for index in range(len(latest))]
 
         def predicted(index: int) -> float | Tensor:
             record = latest[index]

@@ -32,7 +32,8 @@ class CalibratedRadius:
         \log c = \mathrm{EMA}\left(\log \frac{\text{measured}}{\text{predicted}}\right)
 
     so that a step changes what is measured by ``delta * unit`` at most, to the accuracy of the calibration :math:`c`.
-    The learning rate :math:`\gamma` is the fraction that is taken of the step that fits. Steps are measured when they
+    The learning rate, as a multiple :math:`\gamma` of ``full_rate``, is the fraction that is taken of the step that fits.
+    Steps are measured when they
     are made; one that has gone more than four times too far is shortened at once, and :math:`c` starts anew from it.
 
     Args:
@@ -41,6 +42,7 @@ class CalibratedRadius:
             that is not positive and finite, is not taken into account. It should compare on the data of the step.
         unit: What ``delta`` is a multiple of; a function is asked at every step, and what it returns averaged
             exponentially (default: 1.0).
+        full_rate: The learning rate at which all of the step that fits is taken (default: 1.0).
         every: Measure every so many steps (default: 4).
         warmup: Measure at each of so many first steps (default: 20).
         decay: Of the average of the calibration (default: 0.9).
@@ -71,6 +73,7 @@ class CalibratedRadius:
         measure: Callable[[], float | Tensor | None],
         *,
         unit: float | Callable[[], float | Tensor] = 1.0,
+        full_rate: float = 1.0,
         every: int = 4,
         warmup: int = 20,
         decay: float = 0.9,
@@ -83,6 +86,8 @@ class CalibratedRadius:
             )
         if not callable(unit) and not unit > 0:
             raise ValueError(f"unit must be > 0 or a function, got {unit}")
+        if not full_rate > 0:
+            raise ValueError(f"full_rate must be > 0, got {full_rate}")
         if not every >= 1:
             raise ValueError(f"every must be at least 1, got {every}")
         if not warmup >= 0:
@@ -92,6 +97,7 @@ class CalibratedRadius:
                 raise ValueError(f"{name} must be in [0, 1), got {value}")
         self.measure = measure
         self.unit = unit
+        self.full_rate = full_rate
         self.every = every
         self.warmup = warmup
         self.decay = decay

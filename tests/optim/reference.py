@@ -33,21 +33,28 @@ class ReferenceAdaHesScale:
         beta1, beta2 = o.get("betas", (0.9, 0.999))
         eps, denominator = o.get("eps", 1e-8), o.get("denominator", "rms")
         max_update, delta = o.get("max_update", 10.0), o.get("delta", 1e-4)
+        damping = o.get("damping", 0.0)
         lr = float(o.get("lr", 1e-2)) * o.get("lr_scale", 1.0)
         self.grad_weight = beta1 * self.grad_weight + (1 - beta1) * clipping
         updates, curvatures = [], []
-        for i, (g, h) in enumerate(zip(grads, diagonals, strict=True)):
-            g = -g.double() if o.get("maximize", False) else g.double()
-            self.m[i] = beta1 * self.m[i] + (1 - beta1) * g
+        for i, h in enumerate(diagonals):
             if h is not None:
                 h = h.double() * clipping
                 weight = clipping**2 if denominator == "rms" else clipping
                 self.hess_weight[i] = beta2 * self.hess_weight[i] + (1 - beta2) * weight
                 self.v[i] = beta2 * self.v[i] + (1 - beta2) * (h**2 if denominator == "rms" else h.abs())
+        averages = torch.cat([(v / w).flatten() for v, w in zip(self.v, self.hess_weight, strict=True)])
+        mean = averages.mean().sqrt() if denominator == "rms" else averages.mean()
+        for i, g in enumerate(grads):
+            g = -g.double() if o.get("maximize", False) else g.double()
+            self.m[i] = beta1 * self.m[i] + (1 - beta1) * g
             # without clipping the sums of weights are the bias corrections, 1 - beta^t
             m_hat = self.m[i] / self.grad_weight
             v_hat = self.v[i] / self.hess_weight[i]
-            divisor = (v_hat if denominator == "abs" else v_hat.sqrt()) + eps
+            if denominator == "sqrt_abs":
+                divisor = (v_hat + damping * mean).sqrt() + eps
+            else:
+                divisor = (v_hat if denominator == "abs" else v_hat.sqrt()) + damping * mean + eps
             u = m_hat / divisor
             updates.append(u if max_update is None else u.clamp(-max_update, max_update))
             curvatures.append(divisor**2 if denominator == "sqrt_abs" else divisor)

@@ -45,7 +45,8 @@ def output_errors(case: Case) -> dict[str, float]:
 
 
 def _measure(case: Case) -> dict[str, float]:
-    model = case.build()
+    # With radius="kl" the actor's diagonal is not the loss's.
+    model = case.build(policy_options={"radius": "loss"})
     in_double(model)
     comparison = Comparison(model.policy)
     with default_dtype(torch.float64):

@@ -186,7 +186,7 @@ def test_options_of_networks_survive_schedules_and_loading(name: str, tmp_path: 
 
 def test_each_network_takes_its_own_step() -> None:
     case = named("PPO-Discrete")
-    plain = {"optimizer_kwargs": {"delta": None, "max_update": None, "lr_scale": 1.0}}
+    plain = {"radius": "loss", "optimizer_kwargs": {"delta": None, "max_update": None, "lr_scale": 1.0}}
     steps = []
     for options in ({}, {"actor_optimizer_kwargs": {"lr_scale": 2.0}}):
         model = case.build(policy_options={**plain, **options}, n_epochs=1, batch_size=16)
