@@ -15,8 +15,9 @@ from hesscale_lightning.curvature import (
     coverage,
     exact_hess_diag,
     register_rule,
+    with_curvature,
 )
-from hesscale_lightning.optim import AdaHesScale, StepSizeScaling
+from hesscale_lightning.optim import AdaHesScale, CalibratedRadius, StepSizeScaling
 
 if TYPE_CHECKING:
     from hesscale_lightning.callback import HesScaleCallback
@@ -56,6 +57,7 @@ _LAZY = {
 
 __all__ = [
     "AdaHesScale",
+    "CalibratedRadius",
     "CurvatureAuditError",
     "CurvatureHistogram",
     "CurvatureLayerShares",
@@ -79,6 +81,7 @@ __all__ = [
     "coverage",
     "exact_hess_diag",
     "register_rule",
+    "with_curvature",
 ]
 
 

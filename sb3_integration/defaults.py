@@ -53,7 +53,10 @@ PPO_KL = OptimizerDefaults(
     "hesscale_gn", _NATS, critic={"delta": 1e-3, "eps": 1e-8}, features={"delta": 1.0, "eps": 1e-8}
 )
 A2C_KL = OptimizerDefaults(
-    "hesscale_gn", _NATS, critic={"delta": 1e-2, "eps": 1e-8}, features={"delta": 1.0, "eps": 1e-8}
+    "hesscale_gn",
+    {**_NATS, "betas": (0.9, 0.99)},  # a rollout is a step: there are few, and the policy changes over each
+    critic={"delta": 3e-2, "eps": 1e-8},
+    features={"delta": 1.0, "eps": 1e-8},
 )
 # A radius in units of the loss: the critic's has the scale of the squared returns, the actor's that of the advantages.
 PPO = OptimizerDefaults("hesscale_gn", {"lr_scale": 3.0, "eps": 1e-5, "delta": 1e-5}, critic={"delta": 1e-3})

@@ -38,7 +38,7 @@ from hesscale_lightning import AdaHesScale, StepSizeScaling
 from sb3_integration import HesScaleActorCriticPolicy
 from sb3_integration.policy_radius import kl_divergence, parameters_of
 
-RESULTS = Path("examples/reinforcement_learning/results/study.jsonl")
+RESULTS = Path("examples/reinforcement_learning/results")
 ALGORITHMS: dict[str, Any] = {"PPO": PPO, "A2C": A2C}
 SETTINGS: dict[str, dict[str, Any]] = {"PPO": {"n_steps": 256}, "A2C": {}}
 ENVIRONMENTS = 8  # in parallel
@@ -46,6 +46,7 @@ BINS = 20  # points of a learning curve
 DEVELOPMENT = {"CartPole-v1": 40_000, "InvertedPendulum-v5": 40_000, "Reacher-v5": 40_000}
 TASKS = dict.fromkeys(["HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Swimmer-v5", "Acrobot-v1"], 150_000)
 DEVELOPMENT_SEEDS, SEEDS = range(5), range(100, 110)
+UNTRAINED, UNTRAINED_STEPS = "untrained", 20_000
 RATE = {"PPO": 3e-4, "A2C": 7e-4}  # Stable-Baselines3's
 FACTORS = (0.1, 10.0, 100.0, 1000.0)  # times that rate, for robustness; 1 is in the main comparison
 ROBUSTNESS = dict.fromkeys(["CartPole-v1", "Reacher-v5", "Acrobot-v1"], 50_000)
@@ -90,6 +91,31 @@ class Method:
     target_kl: float | None = None
 
 
+# Radii of actor and critic, decay of the curvature's average: each alone from the first, then what was promising.
+VARIANTS: dict[str, list[tuple[float, float, float]]] = {
+    "PPO": [
+        (3e-4, 1e-3, 0.999),
+        (3e-4, 1e-3, 0.99),
+        (3e-4, 3e-3, 0.999),
+        (3e-4, 1e-2, 0.999),
+        (1e-3, 1e-3, 0.999),
+        (1e-4, 1e-3, 0.999),
+    ],
+    "A2C": [
+        (3e-4, 1e-2, 0.999),
+        (3e-4, 1e-2, 0.99),
+        (3e-4, 3e-3, 0.999),
+        (3e-4, 3e-2, 0.999),
+        (1e-3, 1e-2, 0.999),
+        (1e-4, 1e-2, 0.999),
+        (3e-4, 3e-2, 0.99),
+        (1e-4, 3e-2, 0.999),
+        (3e-4, 1e-1, 0.999),
+        (3e-4, 1e-1, 0.99),
+    ],
+}
+
+
 def scaled_adam(params: Any, lr: float, **kwargs: Any) -> StepSizeScaling:
     return StepSizeScaling(torch.optim.Adam(params, lr=lr, eps=1e-5, **kwargs), denominator="abs", damping=0.01)
 
@@ -101,8 +127,9 @@ PAPER = {"max_update": None, "delta": None, "lr_scale": 1.0}
 def methods(algorithm: str) -> dict[str, Method]:
     """Ours first, then its rivals, the most telling ones first."""
     adam = partial(Method, policy="MlpPolicy", policy_kwargs=ADAM)
-    found = {
+    return {
         "nats": Method(),
+        **({"rmsprop": Method(policy="MlpPolicy"), UNTRAINED: adam(0.0)} if algorithm == "A2C" else {}),
         "adam 3e-4": adam(3e-4),
         "adam 1e-3": adam(1e-3),
         "adam 3e-3": adam(3e-3),
@@ -118,8 +145,19 @@ def methods(algorithm: str) -> dict[str, Method]:
             }
         ),
     }
-    if algorithm == "A2C":
-        found["rmsprop"] = Method(policy="MlpPolicy")
+
+
+def variants(algorithm: str) -> dict[str, Method]:
+    """The settings of ours that were tried on the development tasks, each written out."""
+    found = {}
+    for actor, critic, beta2 in VARIANTS[algorithm]:
+        options = {"betas": (0.9, beta2)}
+        found[f"actor {actor:g}, critic {critic:g}, beta2 {beta2:g}"] = Method(
+            policy_kwargs={
+                "actor_optimizer_kwargs": {"delta": actor, **options},
+                "critic_optimizer_kwargs": {"delta": critic, **options},
+            }
+        )
     return found
 
 
@@ -194,7 +232,7 @@ def train(run: Run) -> dict[str, Any]:
     """Trains once and returns the learning curve and the time it took."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    method = methods(run.algorithm)[run.method]
+    method = {**methods(run.algorithm), **variants(run.algorithm)}[run.method]
     rate = RATE[run.algorithm] if method.lr is None else method.lr
     env = VecNormalize(make_vec_env(run.environment, n_envs=ENVIRONMENTS, seed=run.seed))
     model = ALGORITHMS[run.algorithm](
@@ -214,6 +252,8 @@ def train(run: Run) -> dict[str, Any]:
     try:
         model.learn(run.steps, callback=CallbackList(callbacks))
     except ValueError as error:  # distributions refuse parameters that are not numbers
+        if all(torch.isfinite(param).all() for param in model.policy.parameters()):
+            raise
         failure = str(error).splitlines()[0]
     env.close()
     return {
@@ -231,24 +271,29 @@ def planned(stage: str) -> Iterator[Run]:
         "robustness": (ROBUSTNESS, ROBUSTNESS_SEEDS, (1.0, *FACTORS)),
     }[stage]
     for seed in seeds:
-        for k in range(max(len(methods(algorithm)) for algorithm in ALGORITHMS)):
+        for k in range(99):
             for algorithm in ALGORITHMS:
-                names = list(methods(algorithm))
+                names = list(variants(algorithm) if stage == "development" else methods(algorithm))
                 if stage == "robustness":
                     names = ["nats", "adam 3e-4" if algorithm == "PPO" else "rmsprop"]
                 if k >= len(names):
                     continue
                 for factor in factors:
                     for environment, steps in tasks.items():
-                        yield Run(algorithm, environment, names[k], factor, seed, steps)
+                        length = UNTRAINED_STEPS if names[k] == UNTRAINED else steps
+                        yield Run(algorithm, environment, names[k], factor, seed, length)
 
 
 def finished(path: Path) -> dict[Run, dict[str, Any]]:
-    """What is in the file of results."""
-    if not path.exists():
-        return {}
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return {Run(**line["run"]): line["found"] for line in lines}
+    """What is in the file of results. A line that was cut off when the study was stopped is left out."""
+    found = {}
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        found[Run(**line["run"])] = line["found"]
+    return found
 
 
 @dataclass
@@ -257,7 +302,7 @@ class Arguments:
 
     Attributes:
         stage: "main", "robustness", or "development", on which settings were chosen.
-        results: The file of finished runs.
+        results: The folder of finished runs, a file for each stage.
         workers: Runs at a time.
         minutes: Begin no run after so many minutes.
         only: Only methods of these names.
@@ -282,9 +327,10 @@ def main() -> None:
     if arguments.report:
         from study_report import write
 
-        write(finished(arguments.results))
+        write(arguments.results)
         return
-    done = finished(arguments.results)
+    results = arguments.results / f"{arguments.stage}.jsonl"
+    done = finished(results)
     first = {"main": SEEDS, "robustness": ROBUSTNESS_SEEDS, "development": DEVELOPMENT_SEEDS}[arguments.stage][0]
     missing = [
         run
@@ -294,10 +340,12 @@ def main() -> None:
         and (arguments.algorithms is None or run.algorithm in arguments.algorithms)
         and run.seed < first + arguments.seeds
     ]
-    arguments.results.parent.mkdir(parents=True, exist_ok=True)
+    results.parent.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.workers, mp_context=context) as pool, arguments.results.open("a") as file:
+    with ProcessPoolExecutor(arguments.workers, mp_context=context) as pool, results.open("a") as file:
+        if file.tell() and not results.read_text().endswith("\n"):
+            file.write("\n")  # a line that was cut off
         running: dict[Future[dict[str, Any]], Run] = {}
         while missing or running:
             late = time.monotonic() - begin > 60 * arguments.minutes

@@ -1,5 +1,6 @@
 """AdaHesScale: Adam's update with HesScale's curvature in place of the squared gradient."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, overload
@@ -15,7 +16,7 @@ from hesscale_lightning.optim.gradient_rescaling import GradientRescaling, Group
 from hesscale_lightning.optim.hyperparameters import check_options, learning_rate, use_foreach
 from hesscale_lightning.optim.normalized_update import Batch, UpdateRule, mean_curvature, normalized_update
 from hesscale_lightning.optim.parameter_state import new_state, restored
-from hesscale_lightning.optim.radius import CalibratedRadius, Regions, calibration, host_rate
+from hesscale_lightning.optim.radius import CalibratedRadius, Made, Regions, calibration, host_rate
 from hesscale_lightning.optim.step_record import StepRecord, describe
 from hesscale_lightning.optim.tensor_lists import add_one, beside, multiply, never_compiled, subtract
 from hesscale_lightning.optim.trust_region import flatten_statistics, trust_region_scale
@@ -348,15 +349,15 @@ class AdaHesScale(Optimizer):
 
     @never_compiled
     def _calibrate(self) -> None:
-        """Measure how far the step went, and take back what was much too far."""
+        """Measure how far the step went; take back what was much too far, complete what was a trial."""
         latest = self._latest
         rates = [host_rate(self._rate(index)) for index in range(len(latest))]
 
-        def predicted(index: int) -> float | Tensor:
+        def made(index: int) -> Made:
             record = latest[index]
-            return record.along * record.size * record.size / 2
+            return Made(record.along * record.size * record.size / 2, record.scale)
 
-        for index, factor in self._regions.observe(self.param_groups, predicted, rates).items():
+        for index, factor in self._regions.observe(self.param_groups, made, rates).items():
             record = latest[index]
             for batch in record.batches:
                 update = normalized_update(batch, record.rule, foreach=record.foreach)
@@ -428,5 +429,5 @@ class AdaHesScale(Optimizer):
         described = [describe(record) for record in self._latest]
         for statistics, group, radius in zip(described, self.param_groups, self.radii, strict=False):
             if radius is not None:
-                statistics["calibration"] = calibration(group)
+                statistics["calibration"] = calibration(group) or math.nan
         return flatten_statistics(described)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ CALIBRATION_KEY = "radius_calibration"
 # steps; sums of log(measured / predicted) and of its weights; sums of the unit and of its weights
 UNCALIBRATED = (0, 0.0, 0.0, 0.0, 0.0)
 TOO_FAR = 4.0  # times its radius, from which on a measured step is shortened
+TRIAL = 0.01  # length of the first step, as long as nothing has been measured
 
 
 class CalibratedRadius:
@@ -32,9 +33,9 @@ class CalibratedRadius:
         \log c = \mathrm{EMA}\left(\log \frac{\text{measured}}{\text{predicted}}\right)
 
     so that a step changes what is measured by ``delta * unit`` at most, to the accuracy of the calibration :math:`c`.
-    The learning rate, as a multiple :math:`\gamma` of ``full_rate``, is the fraction that is taken of the step that fits.
-    Steps are measured when they
-    are made; one that has gone more than four times too far is shortened at once, and :math:`c` starts anew from it.
+    The learning rate, as a multiple :math:`\gamma` of ``full_rate``, is the fraction that is taken of the step that
+    fits. Steps are measured when they are made. The first is a hundredth of what the diagonal thinks, is measured, and
+    then completed; one that has gone more than four times too far is shortened, and :math:`c` starts anew from it.
 
     Args:
         measure: Called without arguments after a step, under ``no_grad``; returns how far the step has gone, which must
@@ -104,6 +105,13 @@ class CalibratedRadius:
         self.unit_decay = unit_decay
 
 
+class Made(NamedTuple):
+    """A step that was made: ``sum D u^2 / 2`` of it, and the part ``s`` that was taken of the proposal."""
+
+    predicted: float | Tensor
+    scale: float | Tensor
+
+
 class Regions:
     """The trust regions of all param groups of one optimizer: what each is measured in, and its calibration.
 
@@ -146,7 +154,8 @@ class Regions:
                 units = radius.unit_decay * units + (1 - radius.unit_decay) * unit
                 unit_weight = radius.unit_decay * unit_weight + (1 - radius.unit_decay)
                 group[CALIBRATION_KEY] = (steps, logs, weight, units, unit_weight)
-        return self._allowed(radius, group) / calibration(group)
+        known = calibration(group)
+        return self._allowed(radius, group) * (TRIAL**2 if known is None else 1 / known)
 
     def _allowed(self, radius: CalibratedRadius, group: dict[str, Any]) -> float:
         """``delta * unit``; infinite as long as nothing is known of the unit."""
@@ -154,17 +163,17 @@ class Regions:
         return math.inf if unit is None else float(group[self.key] * unit)
 
     def observe(
-        self, groups: Sequence[dict[str, Any]], predicted: Callable[[int], float | Tensor], rates: Sequence[float]
+        self, groups: Sequence[dict[str, Any]], made: Callable[[int], Made], rates: Sequence[float]
     ) -> dict[int, float]:
         """Measures the step that was just made, where it is time.
 
         Args:
             groups: The param groups.
-            predicted: From a group's index to ``sum D u^2 / 2`` of the step that was made.
+            made: From a group's index to what its step was.
             rates: The learning rate of each group.
 
         Returns:
-            Factors, by group's index, for steps that have gone too far.
+            Factors, by group's index, for steps that have gone too far, or were a trial.
         """
         factors: dict[int, float] = {}
         for index, (group, radius) in enumerate(zip(groups, self.radii, strict=True)):
@@ -173,24 +182,27 @@ class Regions:
             steps, logs, weight, *units = group.get(CALIBRATION_KEY, UNCALIBRATED)
             steps += 1
             if steps <= radius.warmup or steps % radius.every == 0:
-                found, model = radius.measure(), float(predicted(index))
-                measured = math.nan if found is None else float(found)
+                step, found = made(index), radius.measure()
+                model, measured = float(step.predicted), math.nan if found is None else float(found)
                 if _is_useful(measured) and _is_useful(model):
                     ratio = math.log(measured / model)
+                    trial = weight == 0
                     logs = radius.decay * logs + (1 - radius.decay) * ratio
                     weight = radius.decay * weight + (1 - radius.decay)
                     allowed = self._allowed(radius, group) * rates[index] ** 2
-                    if measured > TOO_FAR * allowed > 0:  # an infinite one is never exceeded
+                    if trial and allowed > 0:
+                        factors[index] = min(math.sqrt(allowed / measured), 1 / float(step.scale))
+                    elif measured > TOO_FAR * allowed > 0:  # an infinite one is never exceeded
                         factors[index] = math.sqrt(allowed / measured)
                         logs = max(logs, weight * ratio)
             group[CALIBRATION_KEY] = (steps, logs, weight, *units)
         return factors
 
 
-def calibration(group: dict[str, Any]) -> float:
-    """How many times more a group's steps change than the model predicts, ``c``; 1 before the first measure."""
+def calibration(group: dict[str, Any]) -> float | None:
+    """How many times more a group's steps change than the model predicts, ``c``; None before the first measure."""
     _, logs, weight, _, _ = group.get(CALIBRATION_KEY, UNCALIBRATED)
-    return math.exp(logs / weight) if weight else 1.0
+    return math.exp(logs / weight) if weight else None
 
 
 def average_unit(group: dict[str, Any]) -> float | None:

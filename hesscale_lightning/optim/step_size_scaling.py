@@ -1,5 +1,6 @@
 """Step-size scaling: a trust region from the Hessian diagonal around any optimizer."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, overload
 
@@ -13,7 +14,7 @@ from hesscale_lightning.optim.diagonals import clear_diagonals, missing_diagonal
 from hesscale_lightning.optim.gradient_rescaling import GradientRescaling, GroupScale
 from hesscale_lightning.optim.hyperparameters import check_denominator, use_foreach
 from hesscale_lightning.optim.parameter_state import state_dtype
-from hesscale_lightning.optim.radius import CalibratedRadius, Regions, calibration
+from hesscale_lightning.optim.radius import CalibratedRadius, Made, Regions, calibration
 from hesscale_lightning.optim.tensor_lists import add_one, beside, inner_product, large_on_cpu, sum_of_scalars
 from hesscale_lightning.optim.trust_region import (
     flatten_statistics,
@@ -261,14 +262,15 @@ class StepSizeScaling(Optimizer):
         return loss
 
     def _calibrate(self) -> None:
-        """Measure how far the step went, and take back what was much too far."""
+        """Measure how far the step went; take back what was much too far, complete what was a trial."""
         latest = self._latest
 
-        def predicted(index: int) -> float | Tensor:
-            return latest[index].curvature_along * latest[index].scale * latest[index].scale / 2
+        def made(index: int) -> Made:
+            step = latest[index]
+            return Made(step.curvature_along * step.scale * step.scale / 2, step.scale)
 
         rates = [1.0] * len(latest)  # they are in the proposals
-        for index, factor in self._regions.observe(self.param_groups, predicted, rates).items():
+        for index, factor in self._regions.observe(self.param_groups, made, rates).items():
             step = latest[index]
             _pull_back(step.params, step.back, step.scale * (1 - factor))
             latest[index] = step._replace(scale=step.scale * factor)
@@ -381,7 +383,7 @@ class StepSizeScaling(Optimizer):
         described = [_describe(latest) for latest in self._latest]
         for statistics, group, radius in zip(described, self.param_groups, self.radii, strict=False):
             if radius is not None:
-                statistics["calibration"] = calibration(group)
+                statistics["calibration"] = calibration(group) or math.nan
         return flatten_statistics(described)
 
 

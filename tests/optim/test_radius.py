@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hesscale_lightning.optim import AdaHesScale, CalibratedRadius, StepSizeScaling
-from hesscale_lightning.optim.radius import CALIBRATION_KEY, TOO_FAR
+from hesscale_lightning.optim.radius import CALIBRATION_KEY, TOO_FAR, TRIAL
 
 
 class Problem:
@@ -67,14 +67,19 @@ def test_steps_move_as_far_as_the_radius_says(make: Any) -> None:
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
-def test_without_calibration_a_step_goes_much_too_far(make: Any) -> None:
-    """What the class is for; and what is not measured is not taken back."""
+def test_as_long_as_nothing_is_measured_steps_are_trials(make: Any) -> None:
     problem = Problem()
-    optimizer = make(problem, 1e-3, CalibratedRadius(lambda: None))
+    found: list[float | None] = [None]
+    optimizer = make(problem, 1e-3, CalibratedRadius(lambda: found[0]))
+    for _ in range(3):
+        problem.deliver()
+        optimizer.step()
+        assert problem.moved() == pytest.approx(20e-3 * TRIAL**2)  # the diagonal thinks that it is a twentieth
+        assert math.isnan(optimizer.stats["calibration"])
     problem.deliver()
+    found[0] = 20e-3 * TRIAL**2
     optimizer.step()
-    assert problem.moved() == pytest.approx(20e-3)
-    assert optimizer.stats["calibration"] == 1
+    assert problem.moved() == pytest.approx(1e-3)
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
@@ -148,11 +153,11 @@ def test_measures_that_say_nothing_change_nothing(useless: float | None) -> None
     problem = Problem()
     found: list[float | None] = [None]
     optimizer = adahesscale(problem, 1e-3, CalibratedRadius(lambda: found[0], every=1))
-    for value in (20e-3, useless):
+    for value in (20e-3 * TRIAL**2, useless):
         found[0] = value
         problem.deliver()
         optimizer.step()
-    assert optimizer.stats["calibration"] == pytest.approx(20, rel=0.1)
+    assert optimizer.stats["calibration"] == pytest.approx(20)
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=list(OPTIMIZERS))

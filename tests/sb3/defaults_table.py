@@ -5,12 +5,16 @@ python -m tests.sb3.defaults_table --write docs/reinforcement_learning.md
 
 from __future__ import annotations
 
+from typing import Any
+
 from sb3_integration import defaults
 from tests.sb3.page import write
 
 FAMILIES = {
-    "PPO and its relatives, TRPO": defaults.PPO,
-    "A2C": defaults.A2C,
+    'PPO and its relatives, radius="kl"': defaults.PPO_KL,
+    'A2C, radius="kl"': defaults.A2C_KL,
+    'PPO and its relatives, radius="loss"; TRPO': defaults.PPO,
+    'A2C, radius="loss"': defaults.A2C,
     "DQN, QR-DQN": defaults.DQN,
     "SAC, TD3, DDPG, TQC, CrossQ": defaults.ACTOR_CRITIC_OFF_POLICY,
 }
@@ -23,12 +27,17 @@ def table() -> str:
     for name, family in FAMILIES.items():
         cells = []
         for option in options:
-            value = f"{family.optimizer_kwargs[option]:g}" if option in family.optimizer_kwargs else "AdaHesScale's"
-            if option in family.critic:
-                value += f" (critic {family.critic[option]:g})"
-            cells.append(value)
+            value = text(family.optimizer_kwargs[option]) if option in family.optimizer_kwargs else "AdaHesScale's"
+            others = {"critic": family.critic, "shared": family.features}
+            own = [f"{network} {text(found[option])}" for network, found in others.items() if option in found]
+            cells.append(value + (f" ({', '.join(own)})" if own else ""))
         lines.append(f"| {name} | {family.method} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def text(value: Any) -> str:
+    """Numbers in short."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":
