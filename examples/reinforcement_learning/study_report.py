@@ -2,8 +2,8 @@
 
 Scores are normalised per algorithm and task: 0 is the untrained policy, 1 Adam at its best rate of that task, in
 hindsight. Aggregates are interquartile means over all runs of all tasks, with 95 % intervals of a bootstrap that is
-stratified by task, and probabilities of improvement, both as Agarwal and others, Deep Reinforcement Learning at the Edge
-of the Statistical Precipice, NeurIPS 2021, propose.
+stratified by task, and probabilities of improvement, both as Agarwal and others, Deep Reinforcement Learning at the
+Edge of the Statistical Precipice, NeurIPS 2021, propose.
 """
 
 from __future__ import annotations

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from stable_baselines3 import PPO
@@ -16,7 +18,6 @@ from stable_baselines3 import PPO
 import sb3_integration
 
 pytest.importorskip("mujoco")
-pytest.importorskip("seaborn")
 
 FOLDER = Path(__file__).parents[2] / "examples" / "reinforcement_learning"
 
@@ -31,12 +32,11 @@ def load(name: str) -> ModuleType:
     return module
 
 
-compare, train = load("compare"), load("train")
-PAIR = ("PPO", "CartPole-v1")
-
-
-def study(folder: Path, seeds: int = 2) -> Any:
-    return compare.Study([PAIR], seeds, 80, folder / "results.jsonl", folder)
+sys.path.insert(0, str(FOLDER))  # the report imports the study, as a script beside it does
+train = load("train")
+study = importlib.import_module("study")
+report = importlib.import_module("study_report")
+sys.path.remove(str(FOLDER))
 
 
 def test_the_script_trains_both_policies_and_draws_their_curves(tmp_path: Path) -> None:
@@ -56,79 +56,133 @@ def test_the_script_fails_where_the_return_is_too_low(tmp_path: Path, capsys: py
     assert "below 501" in capsys.readouterr().err
 
 
-def test_a_stopped_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
-    small = study(tmp_path, seeds=1)
-    first, second, *_ = small.first_stage()
-    done = compare.complete(small, [first], workers=1)
-    line = small.results.read_text()
-    small.results.write_text(line + '{"algorithm": "PPO", "cut o')  # as a kill leaves it
-    both = compare.complete(small, [first, second], workers=1)
-    assert set(both) == {first, second}
-    assert both[first] == done[first]
-    assert small.results.read_text().startswith(line)
+SHORT = study.Run("A2C", "CartPole-v1", "nats", 1.0, 0, 80)
 
 
-def results_of(small: Any, score: Any) -> dict[Any, dict[str, Any]]:
-    def row(run: Any) -> dict[str, Any]:
-        return {"score": score(run), "curve": [score(run)] * compare.BINS, "seconds": 3600.0, "broken": ""}
-
-    results = {run: row(run) for run in small.first_stage()}
-    return results | {run: row(run) for run in small.second_stage(results)}
-
-
-def test_the_best_rate_is_adams_and_the_second_stage_starts_from_it(tmp_path: Path) -> None:
-    small = study(tmp_path)
-    results = results_of(small, lambda run: 400.0 if run.lr == 3e-3 else 10.0)
-    assert small.best_rate(PAIR, results) == 3e-3
-    rates = {run.lr for run in small.second_stage(results) if run.optimizer == "adam"}
-    assert rates == {3e-2, 3e-1}
+def run_study(folder: Path, monkeypatch: pytest.MonkeyPatch, seeds: int = 1) -> dict[Any, Any]:
+    """The robustness stage, cut down to two short runs, in this process."""
+    monkeypatch.setattr(study, "ROBUSTNESS", {"CartPole-v1": 80})
+    monkeypatch.setattr(study, "FACTORS", ())
+    monkeypatch.setattr(study, "ALGORITHMS", {"A2C": study.A2C})
+    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(1))
+    arguments = ["study.py", "--stage=robustness", f"--results={folder}", "--workers=1", f"--seeds={seeds}"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    study.main()
+    return study.finished(folder / "robustness.jsonl")
 
 
-def test_the_report_says_what_the_results_say(tmp_path: Path) -> None:
-    small = study(tmp_path)
-    scores = {"adam": 100.0, "adam + scaling": 200.0, "adahesscale": 300.0, "adahesscale without scaling": 50.0}
-    text = compare.tables(small, results_of(small, lambda run: scores[run.optimizer] + run.seed))
-    assert "| PPO | CartPole-v1 | 250 | 100 (100 to 101) at 0.0003 | 300 (300 to 301) |" in text
-    assert "| 100 | 100 (100 to 101) | 200 (200 to 201) | 50 (50 to 51) | 300 (300 to 301) |" in text
-    assert "AdaHesScale at its default has the higher mean on 1 (PPO CartPole-v1) of 1." in text
-    assert "At 100 times the rate the highest mean is that of adahesscale on 1 (PPO CartPole-v1)." in text
-    assert "26 runs, of which 0 broke down" in text
+def test_a_stopped_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run_study(tmp_path, monkeypatch)
+    assert [(run.method, run.seed) for run in first] == [("nats", 200), ("rmsprop", 200)]
+    file = tmp_path / "robustness.jsonl"
+    line = file.read_text()
+    file.write_text(line + '{"run": {"algorithm": "A2C", "cut o')  # as a kill leaves it
+    both = run_study(tmp_path, monkeypatch, seeds=2)
+    assert len(both) == 4
+    assert {run: both[run] for run in first} == first
+    assert file.read_text().startswith(line)
+
+
+def invented(score: Any, seeds: int = 3) -> dict[Any, Any]:
+    """Results with a flat curve for every run of the main stage."""
+    found = {}
+    for run in study.planned("main"):
+        if run.seed < study.SEEDS[0] + seeds:
+            found[run] = {"curve": [None] + [float(score(run))] * (study.BINS - 1), "seconds": 1.0, "failure": None}
+    return found
+
+
+def value(run: Any) -> float:
+    by_method = {"untrained": 0.0, "nats": 120.0, "adam 3e-4": 50.0, "adam 1e-3": 100.0}
+    return by_method.get(run.method, 20.0) + (run.seed - study.SEEDS[0] if run.method == "nats" else 0)
+
+
+def test_the_report_says_what_the_results_say() -> None:
+    text = report.tables(invented(value))
+    assert "**PPO**, 5 tasks, 3 seeds, 150,000 steps:" in text
+    assert "| **radius in nats (default)** | 1.21 [" in text
+    assert "| adam, tuned per task | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] | 0 of 15 |" in text
+    assert "| adam 3e-4 | 0.50 [0.50, 0.50] |" in text
+    assert "| Hopper-v5 | 0 | 121 | " in text
+    assert "| **100** |" in text
+
+
+def test_probabilities_and_means_are_their_definitions() -> None:
+    ours, theirs = (
+        {"a": np.array([1.0, 3.0]), "b": np.array([5.0, 5.0])},
+        {"a": np.array([2.0, 2.0]), "b": np.array([5.0])},
+    )
+    assert report.improvement(ours, theirs) == pytest.approx((0.5 + 0.5) / 2)
+    assert report.interquartile_mean({"a": np.arange(4.0), "b": np.array([100.0, 2.0, 1.0, -50.0])}) == 1.5
+    low, high = report.interval(report.interquartile_mean, ours)
+    assert 1 < low < high <= 5
+    assert report.filled([None, 1.0, None, 3.0]) == [1.0, 1.0, 1.0, 3.0]
+
+
+def test_collapses_are_counted() -> None:
+    found = invented(value)
+    run = next(run for run in found if run.method == "nats" and run.algorithm == "PPO")
+    found[run] = {**found[run], "curve": [100.0] * 15 + [10.0] * 5}
+    assert report.Study(found, "PPO").collapses("nats") == 1
+    assert report.Study(found, "A2C").collapses("nats") == 0
+
+
+def test_robustness_is_judged_by_the_worst_factor() -> None:
+    found = {}
+    for run in study.planned("robustness"):
+        returns = 100.0 if run.method == "nats" else 100.0 / run.factor
+        sign = -1.0 if run.environment != "CartPole-v1" else 1.0
+        found[run] = {"curve": [returns if sign > 0 else -1e4 / returns] * study.BINS, "seconds": 1.0, "failure": None}
+    text = "\n".join(report.robustness(found))
+    assert "**radius in nats (default)** stays within 10 % of its best on 6 of 6" in text
+    assert "rmsprop stays within 10 % of its best on 0 of 3" in text
 
 
 def test_the_pictures_are_drawn(tmp_path: Path) -> None:
-    small = study(tmp_path)
-    results = results_of(small, lambda run: float(run.seed))
-    compare.draw_curves(small, results, tmp_path / "curves.png")
-    compare.draw_robustness(small, results, tmp_path / "robustness.png")
-    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("curves", "robustness"))
+    report.draw(invented(value), tmp_path)
+    assert (tmp_path / report.CURVES).stat().st_size > 10_000
+    assert (tmp_path / report.PROFILES).stat().st_size > 10_000
 
 
-def test_a_run_that_breaks_down_counts_as_its_worst_episode(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_breaks_down_keeps_its_curve(monkeypatch: pytest.MonkeyPatch) -> None:
     def learn(self: Any, steps: int, callback: Any) -> None:
-        callback.episodes += [(10, 30.0), (20, 9.0), (30, 12.0)]
+        callback.callbacks[0].episodes += [(10, 30.0), (70, 9.0)]
         self.policy.value_net.bias.data.fill_(float("nan"))
         raise ValueError("Expected parameter logits to be finite\nmore")
 
-    monkeypatch.setattr(PPO, "learn", learn)
-    row = compare.train(compare.Run(*PAIR, "adam", 1.0, 0, 32))
-    assert row["score"] == 9.0
-    assert row["broken"] == "Expected parameter logits to be finite"
+    monkeypatch.setattr(study.A2C, "learn", learn)
+    found = study.train(SHORT)
+    assert report.filled(found["curve"])[-1] == 9.0
+    assert found["failure"] == "Expected parameter logits to be finite"
 
 
 def test_another_error_is_not_taken_for_a_breakdown(monkeypatch: pytest.MonkeyPatch) -> None:
     def learn(self: Any, steps: int, callback: Any) -> None:
         raise ValueError("not about parameters")
 
-    monkeypatch.setattr(PPO, "learn", learn)
+    monkeypatch.setattr(study.A2C, "learn", learn)
     with pytest.raises(ValueError, match="not about parameters"):
-        compare.train(compare.Run(*PAIR, "adam", 1.0, 0, 32))
+        study.train(SHORT)
+
+
+@pytest.mark.parametrize("name", [*study.methods("PPO"), *study.variants("PPO")])
+def test_every_method_trains(name: str) -> None:
+    found = study.train(study.Run("PPO", "CartPole-v1", name, 1.0, 0, 4096))
+    assert found["failure"] is None
+    assert any(found["curve"])
+
+
+def test_an_adaptive_rate_seeks_its_target() -> None:
+    """From a rate that is far too small: doubled until an update moves the policy by about the target."""
+    model = PPO("MlpPolicy", "CartPole-v1", learning_rate=1e-6, n_steps=64, n_epochs=2, device="cpu", seed=0)
+    model.learn(64 * 16, callback=study.AdaptiveRate(0.01))
+    assert 3e-5 < model.lr_schedule(1.0) <= 1e-6 * 2**15
 
 
 def test_the_page_quotes_the_stored_results() -> None:
-    results = compare.load(FOLDER.parents[1] / compare.RESULTS)
-    full = compare.Study([(a, e) for a in compare.ALGORITHMS for e in compare.STEPS], 5, 1, compare.RESULTS, FOLDER)
-    page = (FOLDER.parents[1] / compare.PAGE).read_text()
-    assert compare.tables(full, results) in page
+    results = FOLDER / "results"
+    found = {**study.finished(results / "main.jsonl"), **study.finished(results / "robustness.jsonl")}
+    assert report.tables(found) in (FOLDER.parents[1] / report.PAGE).read_text()
 
 
 class _Loader(yaml.SafeLoader):
