@@ -172,13 +172,16 @@ class PolicyRadius:
                 if self.policy.use_sde:
                     std = self.policy.action_dist.get_std(self.policy.log_std)
                     variance = latent.square() @ std.square() + self.policy.action_dist.epsilon
-                    return 1 / (variance * len(output))
-                return (-2 * self.policy.log_std).exp() / len(output)
-            probabilities = self._probabilities(output)
-            return probabilities * (1 - probabilities) / len(output)
+                    one: Tensor = 1 / variance
+                else:
+                    one = (-2 * self.policy.log_std).exp()
+            else:
+                probabilities = self._probabilities(output)
+                one = probabilities * (1 - probabilities)
+            return one / len(output)
 
     def _probabilities(self, logits: Tensor) -> Tensor:
-        space = self.policy.action_space
+        space: Any = self.policy.action_space
         if self._masks is not None:
             masks = torch.as_tensor(self._masks, dtype=torch.bool, device=logits.device).reshape(logits.shape)
             logits = logits.masked_fill(~masks, _MASKED)
@@ -188,7 +191,8 @@ class PolicyRadius:
             return torch.cat([part.softmax(-1) for part in logits.split(space.nvec.reshape(-1).tolist(), -1)], -1)
         if logits.shape[-1] == 2 * space.n:  # sb3-contrib's masked form of MultiBinary
             return logits.unflatten(-1, (-1, 2)).softmax(-1).flatten(-2)
-        return logits.sigmoid()
+        bits: Tensor = logits.sigmoid()
+        return bits
 
     @torch.no_grad()
     def _measure(self) -> tuple[float | None, float | None]:
@@ -297,9 +301,9 @@ def parameters_of(dist: Any) -> list[tuple[Tensor, ...]]:
 def kl_divergence(before: Sequence[tuple[Any, ...]], after: Sequence[tuple[Any, ...]]) -> Tensor:
     """KL divergence of what was before from what is after, summed over actions, the mean over the minibatch."""
     total: Any = 0.0
-    for old, new in zip(before, after, strict=True):
+    for parameters in zip(before, after, strict=True):
         # In double precision: the divergence is a small difference of large terms.
-        old, new = [[None if x is None else x.double() for x in parameters] for parameters in (old, new)]
+        old, new = [[None if x is None else x.double() for x in part] for part in parameters]
         if len(old) == 1:
             p = old[0].log_softmax(-1)
             term = (p.exp() * (p - new[0].log_softmax(-1))).sum(-1)

@@ -88,9 +88,10 @@ def normalized_update(
     one denominator alive at a time instead of all of them halved the time at a million parameters.
     """
     grad_clipping, curvature_clipping = rule.clipping
+    eps: float | Tensor = rule.eps
     floor = beside(rule.floor, batch.params[0])
     if batch.counts is None or isinstance(grad_clipping, Tensor) or isinstance(curvature_clipping, Tensor):
-        eps, gain, unit = rule.eps, 1.0, 1.0
+        gain, unit = 1.0, 1.0
         steps, refreshes = batch.counts or (batch.steps, batch.refreshes)
         m = _corrected(batch.grad_averages, rule.beta1, steps, grad_clipping)
         v = _corrected(batch.curvature_averages, rule.beta2, refreshes, curvature_clipping)

@@ -102,6 +102,7 @@ class StepSizeScaling(Optimizer):
     damping: float
     radius: CalibratedRadius | None
     curvature: dict[Tensor, dict[str, Tensor]]
+    _regions: Regions
 
     def __init__(
         self,

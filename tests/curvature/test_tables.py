@@ -36,6 +36,7 @@ ELSEWHERE = {
     "CtcLossBackward1": "the formula of CtcLossBackward0",
     "CudnnRnnBackward0": "refused: tests/curvature/test_recurrent.py",
     "MiopenRnnBackward0": "refused, as CudnnRnnBackward0 is",
+    "GivenCurvatureBackward": "tests/curvature/test_sources.py",
     "BackwardHookFunctionBackward": "tests/curvature/test_engine.py, with a module's hook",
     "_DDPSinkBackward": "tests/test_callback.py, with two processes",
 }
