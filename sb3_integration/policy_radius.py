@@ -298,12 +298,16 @@ def parameters_of(dist: Any) -> list[tuple[Tensor, ...]]:
     return made
 
 
+def _doubled(parameters: tuple[Any, ...]) -> list[Any]:
+    return [None if x is None else x.double() for x in parameters]
+
+
 def kl_divergence(before: Sequence[tuple[Any, ...]], after: Sequence[tuple[Any, ...]]) -> Tensor:
     """KL divergence of what was before from what is after, summed over actions, the mean over the minibatch."""
     total: Any = 0.0
     for parameters in zip(before, after, strict=True):
         # In double precision: the divergence is a small difference of large terms.
-        old, new = [[None if x is None else x.double() for x in part] for part in parameters]
+        old, new = [_doubled(part) for part in parameters]
         if len(old) == 1:
             p = old[0].log_softmax(-1)
             term = (p.exp() * (p - new[0].log_softmax(-1))).sum(-1)
