@@ -190,9 +190,9 @@ class PolicyRadius:
         if isinstance(space, spaces.MultiDiscrete):
             return torch.cat([part.softmax(-1) for part in logits.split(space.nvec.reshape(-1).tolist(), -1)], -1)
         if logits.shape[-1] == 2 * space.n:  # sb3-contrib's masked form of MultiBinary
-            return logits.unflatten(-1, (-1, 2)).softmax(-1).flatten(-2)
-        bits: Tensor = logits.sigmoid()
-        return bits
+            logits = logits.unflatten(-1, (-1, 2)).log_softmax(-1).flatten(-2)
+            return logits.exp()
+        return logits.sigmoid()
 
     @torch.no_grad()
     def _measure(self) -> tuple[float | None, float | None]:
