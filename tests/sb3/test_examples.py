@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import stable_baselines3
 import yaml
 from stable_baselines3 import PPO
 
 import sb3_integration
+from sb3_integration.loss_seam import optimizers_of
 
 pytest.importorskip("mujoco")
 
@@ -189,12 +191,17 @@ class _Loader(yaml.SafeLoader):
     """Reads the Zoo's ``!!float 5e4``."""
 
 
-def test_the_configuration_for_rl_zoo_builds_its_policies() -> None:
-    for environment, settings in yaml.load((FOLDER / "rl_zoo_ppo.yml").read_text(), _Loader).items():
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("rl_zoo_*.yml")), ids=lambda path: path.stem)
+def test_the_configurations_for_rl_zoo_build_their_policies(path: Path) -> None:
+    algorithm = getattr(stable_baselines3, path.stem.removeprefix("rl_zoo_").upper())
+    of_the_zoo = {"n_envs", "n_timesteps", "normalize", "policy", "policy_kwargs"}
+    for environment, settings in yaml.load(path.read_text(), _Loader).items():
         module, name = settings["policy"].rsplit(".", 1)
         assert module == "sb3_integration"
-        kwargs = {key: settings[key] for key in ("n_steps", "batch_size", "gamma") if key in settings}
+        kwargs = {key: value for key, value in settings.items() if key not in of_the_zoo}
         policy_kwargs = eval(settings.get("policy_kwargs", "{}"), {"__builtins__": {"dict": dict}})
-        model = PPO(getattr(sb3_integration, name), environment, policy_kwargs=policy_kwargs, device="cpu", **kwargs)
-        assert type(model.policy.optimizer).__name__ == "AdaHesScale"
+        model = algorithm(
+            getattr(sb3_integration, name), environment, policy_kwargs=policy_kwargs, device="cpu", **kwargs
+        )
+        assert {type(o).__name__ for o in optimizers_of(model.policy)} == {"AdaHesScale"}
         assert json.dumps(settings)  # plain data: the Zoo copies it to disk
