@@ -1,10 +1,10 @@
-"""The study behind the optimizers' defaults: it resumes, counts rightly, and the document says what its results say."""
+"""The study of optimizers: it resumes, counts rightly, and the page says what its results say."""
 
-import importlib.util
-import json
+import importlib
+import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,152 +12,122 @@ import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
+pytest.importorskip("mnist1d")
 
-ROOT = Path(__file__).parents[1]
-TASK = "digits, ReLU MLP"
+FOLDER = Path(__file__).parents[1] / "examples" / "paper"
+sys.path.insert(0, str(FOLDER))  # the script imports what lies beside it
+study = importlib.import_module("optimization")
+journal = importlib.import_module("journal")
+sys.path.remove(str(FOLDER))
 
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("optimization_example", ROOT / "examples/paper/optimization.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+TASK, SCALED = "digits, ReLU MLP", "digits, ReLU MLP, inputs badly scaled"
+NAMES = [name for name in study.METHODS if name != "Schedule-Free AdamW"]  # its package is not a dependency
 
 
-study = load_script()
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A function that makes a study of two tasks and two rates from a journal."""
+
+    def make() -> Any:
+        made = study.Study(journal.Journal(tmp_path / "runs.jsonl", {"of": "a test"}), NAMES, quick=True)
+        made.rates, made.seeds, made.steps, made.tasks = [1e-3, 1e-2], [10, 11], 8, [TASK, SCALED]
+        return made
+
+    return make
 
 
-def arguments(folder: Path, seeds: list[int]) -> list[str]:
-    optimizers = [name for name in study.METHODS if name != "AdaHessian"]  # its package is not a dependency
-    options = {"steps": 8, "seeds": seeds, "lrs": [1e-3, 1e-2], "tasks": [TASK], "optimizers": optimizers}
-    options |= {"timing_rounds": 1, "folder": str(folder)}
-    paths = {"results": "results.json", "document": "conclusions.md", "picture": "picture.png"}
-    options |= {name: str(folder / file) for name, file in paths.items()}
-    return [f"--{name}={json.dumps(value) if isinstance(value, list) else value}" for name, value in options.items()]
-
-
-def run_of(loss: float | None, accuracy: float = 0.5, worst: float | None = 2.0) -> dict[str, Any]:
-    end = [loss, accuracy]
-    return {"initial": 2.0, "worst": worst, "curve": [loss] * study.POINTS, "time": end, "steps": end}
-
-
-def results_of(runs: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[str, Any]:
-    settings = {
-        "steps": 8,
-        "batch_size": 4,
-        "seeds": [0, 1],
-        "lrs": [1e-3, 1e-2],
-        "tasks": [TASK],
-        "optimizers": list(runs),
-    }
-    milliseconds = {TASK: dict.fromkeys(runs, 1.0)}
-    environment = {"python": "3", "torch": "2", "machine": "none"}
-    rest = {"settings": settings, "environment": environment, "minutes": 1.0, "milliseconds": milliseconds}
-    return {**rest, "runs": {TASK: runs}}
-
-
-def test_the_study_runs_end_to_end_and_a_second_call_trains_only_what_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_runs_and_a_second_call_trains_only_what_is_missing(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = []
     train = study.train
-    monkeypatch.setattr(study, "train", lambda key, *rest: trained.append(key) or train(key, *rest))
-
-    study.main(arguments(tmp_path, seeds=[0]))
-    first, results = trained.copy(), json.loads((tmp_path / "results.json").read_text())
+    monkeypatch.setattr(study, "train", lambda *run: trained.append(run[:5]) or train(*run))
+    monkeypatch.setattr(study, "measure_costs", lambda task, data, names, rounds: dict.fromkeys(names, 1.0))
+    tiny().run()
+    # of each optimizer on each task: two rates with one seed, then two fresh seeds for each budget
+    assert len(trained) == len(NAMES) * 2 * (2 + 2 * 2)
     trained.clear()
-    study.main(arguments(tmp_path, seeds=[0, 1]))
-    again = json.loads((tmp_path / "results.json").read_text())
-
-    count = 2 * (len(study.METHODS) - 1)
-    assert len(first) == len(trained) == count
-    assert {key[-1] for key in first} == {0}
-    assert {key[-1] for key in trained} == {1}
-    assert again["milliseconds"] == results["milliseconds"]
-    for optimizer, by_lr in results["runs"][TASK].items():
-        for lr, found in by_lr.items():
-            assert again["runs"][TASK][optimizer][lr][:1] == found
-            assert found[0]["steps"][0] < found[0]["initial"]
-    assert study.conclusions(again) in (tmp_path / "conclusions.md").read_text()
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    again = tiny()
+    again.tuning = [0, 1]
+    again.run()
+    assert {run[3] for run in trained if run[3] in (0, 1)} == {1}
+    text = study.sections(again)
+    assert all(f"| {name} |" in text for name in NAMES)
+    assert "1 tasks with standardised inputs." in text
 
 
-def test_runs_of_other_settings_are_refused(tmp_path: Path) -> None:
-    study.main(arguments(tmp_path, seeds=[0]))
-    with pytest.raises(ValueError, match=r"'steps': 8.*'steps': 9.*another --folder"):
-        study.main([*arguments(tmp_path, seeds=[0]), "--steps=9"])
+def invented(tiny: Any, losses: dict[str, float], cost: float = 1.0) -> Any:
+    made = tiny()
+    made.names = list(losses)
+    for task in made.tasks:
+        made.journal.runs["costs", task] = {name: 1.0 if name == study.REFERENCE else cost for name in losses}
+        for name, loss in losses.items():
+            for lr in made.rates:
+                for seed in made.tuning:
+                    found = [2.0, loss * (1 + (lr != 1e-3)), 0.9]
+                    made.journal.runs["tuning", task, name, lr, seed, made.steps] = found
+            for budget in ("steps", "time"):
+                for seed in made.seeds:
+                    key = (budget, task, name, 1e-3, seed, made.length(task, name, budget))
+                    made.journal.runs[key] = [2.0, loss, 0.9]
+    return made
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("--tasks=[iris]", r"Found 'iris', expected one of 'digits, tanh MLP'"),
-        ("--optimizers=[LBFGS]", r"Found 'LBFGS', expected one of 'AdaHesScale'"),
-        ("--optimizers=[AdaHesScale]", r"expected 'Adam' among them"),
-    ],
-)
-def test_unknown_names_are_refused(option: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        study.main([option])
+def test_rows_are_ratios_to_adam(tiny: Any) -> None:
+    made = invented(tiny, {"Adam": 0.1, "AdaHesScale": 0.05, "SGD, Nesterov momentum": 3.0}, cost=2.0)
+    adam, ours, sgd = study.rows(made, [TASK])
+    assert adam == ["Adam", "1.00", "1.00", "", "1.00", "", "90.0", "2.0", "0 of 2"]
+    assert ours == ["AdaHesScale", "2.00", "0.50", "1 / 0 / 0", "0.50", "1 / 0 / 0", "90.0", "2.0", "0 of 2"]
+    assert sgd[2:4] == ["30.00", "0 / 0 / 1"]
+    assert sgd[-1] == "2 of 2"  # above the initial loss
+    assert made.length(TASK, "AdaHesScale", "time") == 4
 
 
-def test_a_run_whose_loss_is_not_finite_stops_and_is_counted() -> None:
-    data = study.load(TASK)
-    found = study.train(
-        (TASK, "SGD, momentum 0.9", 1e30, 0), data, study.Settings(steps=8), dict.fromkeys(study.METHODS, 1)
+def test_a_run_that_is_not_finite_is_never_the_best(tiny: Any) -> None:
+    made = invented(tiny, {"Adam": 0.1})
+    made.journal.runs["tuning", TASK, "Adam", 1e-3, made.tuning[0], made.steps] = [2.0, None, 0.1]
+    assert made.best_rate(TASK, "Adam") == 1e-2
+    assert made.tuned(TASK, "Adam", 1e-3) == math.inf
+
+
+def test_the_schedule_warms_up_and_decays() -> None:
+    values = [study.schedule(k / 400) for k in range(400)]
+    assert 0 < values[0] < 0.1
+    assert max(values) == pytest.approx(1.0, abs=0.01)
+    assert values.index(max(values)) == pytest.approx(20, abs=1)
+    assert values[-1] < 1e-4
+
+
+def test_badly_scaled_inputs_are_the_same_samples() -> None:
+    plain, scaled = study.load(TASK), study.load(SCALED)
+    ratio = (scaled.x / plain.x).nan_to_num()
+    factors = ratio.abs().amax(0)
+    assert 50 < factors.max() <= 100
+    assert torch.equal(plain.y, scaled.y)
+
+
+def test_the_shaped_rule_follows_its_equation() -> None:
+    """Two steps by hand: NAdam's step over the root of curvature, whose reciprocal has mean one."""
+    p = torch.nn.Parameter(torch.zeros(2))
+    optimizer = study.ShapedNAdam([p], lr=0.1, decay=0.5)
+    h = torch.tensor([1.0, 3.0])
+    for grad in (torch.tensor([1.0, -1.0]), torch.tensor([2.0, 0.5])):
+        p.grad, p.hess_diag = grad, h.clone()  # type: ignore[attr-defined]
+        optimizer.step()
+    state = optimizer.state[p]
+    relative = state["h"] / state["h"].mean()
+    shape = (relative + 0.01) ** -0.5
+    torch.testing.assert_close(state["shape"], shape / shape.mean())
+    m1, m2 = torch.tensor([0.1, -0.1]), torch.tensor([0.29, -0.04])
+    v1, v2 = torch.tensor([0.05, 0.05]), torch.tensor([0.2475, 0.06])
+    first = (m1 * 0.9 / (1 - 0.81) + torch.tensor([1.0, -1.0])) / ((v1 / 0.05).sqrt() + 1e-8)
+    second = (m2 * 0.9 / (1 - 0.729) + torch.tensor([2.0, 0.5]) * 0.1 / 0.19) / ((v2 / (1 - 0.95**2)).sqrt() + 1e-8)
+    torch.testing.assert_close(p.detach(), -0.1 * (shape / shape.mean()) * (first + second))
+
+
+def test_the_page_quotes_the_results() -> None:
+    results = FOLDER / "results" / "optimization.jsonl"
+    names = list(study.METHODS)
+    found = journal.Journal(results, {"steps": study.STEPS, "batch": study.BATCH, "quick": False, "optimizers": names})
+    assert (
+        study.sections(study.Study(found, names, quick=False))
+        in (FOLDER.parents[1] / "docs/optimization.md").read_text()
     )
-    assert found["worst"] is None
-    assert found["steps"] == [None, 0.0]
-
-    results = results_of(
-        {"Adam": {"1e-03": [run_of(1.0), run_of(3.0)], "1e-02": [run_of(None, worst=None), run_of(1.0)]}}
-    )
-    failed = study.failures(results, "Adam")
-    assert (failed.runs, failed.infinite, failed.diverged, failed.worst) == (4, 1, 1, 1.0)
-    assert study.tune(results, TASK, "Adam", "time").lr == "1e-03"
-
-
-def test_the_range_of_learning_rates_is_counted_on_the_means_over_seeds() -> None:
-    by_lr = {
-        "1e-03": [run_of(0.1, 0.90), run_of(0.3, 0.90)],
-        "1e-02": [run_of(0.4, 0.895), run_of(0.4, 0.895)],
-        "1e-01": [run_of(0.4, 0.8), run_of(0.41, 0.8)],
-    }
-    tuned = study.tune(results_of({"Adam": by_lr}), TASK, "Adam", "steps")
-    assert (tuned.lr, tuned.losses, tuned.flat, tuned.accurate) == ("1e-03", [0.1, 0.3], 2, 2)
-
-
-def test_a_loss_counts_as_lower_only_if_it_is_with_every_seed() -> None:
-    def tuned(*losses: float) -> Any:
-        return study.Tuned("1e-03", list(losses), [], 1, 1)
-
-    assert study.verdict(tuned(1, 2), tuned(2, 3)) == 1
-    assert study.verdict(tuned(2, 3), tuned(1, 2)) == -1
-    assert study.verdict(tuned(1, 3), tuned(2, 2)) == 0
-
-
-def test_adahessian_takes_the_damped_newton_step_of_a_separable_quadratic() -> None:
-    pytest.importorskip("pytorch_optimizer")
-
-    class Quadratic(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
-
-    model, curvature = Quadratic(), torch.tensor([1.0, 100.0])
-    method = study.AdaHessian(model, 0.5)
-    method.step((curvature * model.weight**2).sum() / 2)
-    torch.testing.assert_close(model.weight.detach(), torch.tensor([0.5, -1.0]), rtol=1e-4, atol=1e-4)
-
-
-def test_the_document_says_what_the_committed_results_say() -> None:
-    results = json.loads((ROOT / study.RESULTS).read_text())
-    text = (ROOT / study.DOCUMENT).read_text()
-    block = text.split(study.BEGIN)[1].split(study.END)[0]
-    assert block.strip() == study.conclusions(results)
-    assert results["settings"]["tasks"] == list(study.TASKS)
-    assert results["settings"]["optimizers"] == list(study.METHODS)
-    assert (ROOT / study.PICTURE).exists()
