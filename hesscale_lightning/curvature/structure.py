@@ -87,6 +87,7 @@ class Structure:
         match: ``match(root, wanted)`` returns what was met, or None for a graph of another structure.
         fetches: What the programs take from a graph, by name, in that order.
         conditions: What makes up the signature, beside shapes and dtypes of what is fetched.
+        prepares: By position, what rules prepare from a node, as far as it is asked for.
         leaves: Positions of the wanted leaves.
         narrow: The last position up to which backward passes one node at a time.
         follower: The structure that was met after this one.
@@ -97,6 +98,7 @@ class Structure:
         self.match: Callable[..., Met | None] | None = None
         self.fetches: dict[Any, tuple[Ask, str]] = {}
         self.conditions: dict[Ask, None] = {}
+        self.prepares: dict[int, Callable[[Node], Any]] = {}
         self.leaves: list[int] = []
         self.narrow = 0
         self.follower: Structure | None = None
@@ -131,7 +133,7 @@ class Structure:
 
     def forget(self) -> None:
         """Drops all that was made."""
-        self.conditions, self.fetches, self.match = {}, {}, None
+        self.conditions, self.fetches, self.prepares, self.match = {}, {}, {}, None
         self._variants.clear()
 
     def learn(self, conditions: Mapping[Ask, Any], fetches: Mapping[Any, tuple[Ask, str]]) -> bool:
@@ -145,12 +147,12 @@ class Structure:
         self._variants.clear()
         return True
 
-    def write(self, found: Trace, slots: Mapping[Node, int], wants_all: bool, prepares: Mapping[int, Any]) -> None:
+    def write(self, found: Trace, slots: Mapping[Node, int], wants_all: bool) -> None:
         """Writes ``match`` for graphs like ``found``."""
         self.leaves = [slots[n] for n in found.nodes if type(n) is AccumulateGrad]
         self.narrow = _narrow(found)
         writer = _MatchWriter(found, slots, wants_all)
-        self.source, namespace = writer.written(list(self.conditions), list(self.fetches.values()), prepares)
+        self.source, namespace = writer.written(list(self.conditions), list(self.fetches.values()), self.prepares)
         exec(self.source, namespace)  # made of slots and of names that nodes have
         self.match = namespace["match"]
 
