@@ -21,6 +21,11 @@ from hesscale_lightning.curvature.rewriting import Rewriter, slots_of
 _MOST_WAITING, _MOST_BYTES_WAITING = 4, 2**20
 
 
+#: Operators that can write their result over an argument: which, and by which operator.
+_threshold_backward = torch.ops.aten.threshold_backward
+_OVER: dict[Any, tuple[int, Any]] = {Constant(_threshold_backward.default): (1, _threshold_backward.grad_input)}
+
+
 class Program(NamedTuple):
     """A program and what it needs.
 
@@ -63,7 +68,8 @@ class _Writer:
         self._inputs = inputs
         self._results = dict(results)
         self._constants: dict[str, Any] = {
-            "addcmul": torch.addcmul, "add": torch.add, "sub": torch.sub, "mm": torch.mm, "bmm": torch.bmm,
+            "addcmul": torch.addcmul, "add": torch.add, "sub": torch.sub, "rsub": torch.rsub, "mm": torch.mm,
+            "bmm": torch.bmm,
         }  # fmt: skip
         self._names: dict[Any, str] = {}
 
@@ -228,6 +234,20 @@ class _Writer:
                 return f"{self._text(arguments[0])}.{name}({self._text(arguments[1])})"
             elif line.kind == "+" and self._may_overwrite(arguments[1], k, i, last, group):
                 return f"{self._text(arguments[1])}.add_({self._text(arguments[0])})"
+            elif line.kind == "/" and self._may_overwrite(arguments[0], k, i, last, group):
+                return f"{self._text(arguments[0])}.div_({self._text(arguments[1])})"
+            elif line.kind == "/" and type(arguments[0]) in (int, float) and arguments[0] == 1:
+                inverse = "reciprocal_" if self._may_overwrite(arguments[1], k, i, last, group) else "reciprocal"
+                return f"{self._text(arguments[1])}.{inverse}()"  # 1 / x is that too, and a Python function
+            elif line.kind == "-" and type(arguments[0]) in (int, float):
+                return f"rsub({self._text(arguments[1])}, {self._text(arguments[0])})"
+            elif line.kind == "call" and arguments[0] in _OVER:
+                place, call = _OVER[arguments[0]]
+                if self._may_overwrite(arguments[place], k, i, last, group):
+                    texts = [self._text(a) for a in arguments[1:]]
+                    return (
+                        f"{self._text(Constant(call))}({', '.join(texts)}, grad_input={self._text(arguments[place])})"
+                    )
             elif line.kind in ("addcmul", "add", "sub"):
                 return self._fused_expression(k, line, i, last, group)
         if line.kind == "item":

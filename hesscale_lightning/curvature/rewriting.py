@@ -21,6 +21,7 @@ from hesscale_lightning.curvature.recorder import Constant, Line, Slot
 _FEWEST_STACKED = 4
 _MOST_STACKED = 2**22
 _MOST_FACTORS = 8
+_DEEPEST_TURNED = 8
 
 
 class Rewriter:
@@ -63,28 +64,48 @@ class Rewriter:
         self.needed = needed
 
     def _turn_products(self) -> None:
-        """``(A B)^T`` into ``B^T A^T``, which lays a weight's curvature out like the weight."""
+        """``(A B)^T`` into ``B^T A^T``, which lays a weight's curvature out like the weight; in sums as well."""
         uses = self._uses()
         order: list[int] = []
         for k in self.order:
-            line = self.lines[k]
-            if line.kind == ".t" and uses[line.arguments[0].number] == 1:
-                product = self.lines[line.arguments[0].number]
-                if product.kind == "@" and product.shape is not None and len(product.shape) == 2:
-                    sides = []
-                    for x in reversed(product.arguments):
-                        made = self.lines[x.number]
-                        if made.kind == ".t":
-                            sides.append(made.arguments[0])
-                        else:
-                            assert made.shape is not None
-                            self.lines.append(Line(".t", (x,), (), made.shape[::-1], made.dtype, False))
-                            sides.append(Slot(len(self.lines) - 1))
-                            order.append(sides[-1].number)
-                    self.lines[k] = line._replace(kind="@", arguments=tuple(sides), fresh=True)
+            if self.lines[k].kind == ".t":
+                turned = self._turned(self.lines[k].arguments[0].number, uses, order)
+                if turned is not None:
+                    self.lines[k] = turned
             order.append(k)
         self.order = order
         self._drop_unused()
+
+    def _turned(self, slot: int, uses: Counter[int], made: list[int], depth: int = 0) -> Line | None:
+        """What computes the transpose of a product, or of a sum of such, in its place; None: nothing does."""
+        line = self.lines[slot]
+        if uses[slot] != 1 or line.shape is None or len(line.shape) != 2:
+            return None
+        sides: list[Slot] = []
+        if line.kind == "@":
+            sides += [self._transpose(x.number, made) for x in reversed(line.arguments)]
+        elif line.kind == "+" and depth < _DEEPEST_TURNED:
+            for x in line.arguments:
+                if type(x) is not Slot or self.lines[x.number].shape != line.shape:
+                    return None
+                if self.lines[x.number].kind == ".t":
+                    sides.append(self.lines[x.number].arguments[0])
+                    continue
+                turned = self._turned(x.number, uses, made, depth + 1)
+                if turned is None:
+                    return None
+                sides.append(Slot(self._line(turned, made)))
+        if not sides:
+            return None
+        return line._replace(arguments=tuple(sides), shape=torch.Size(line.shape[::-1]), fresh=True)
+
+    def _transpose(self, slot: int, made: list[int]) -> Slot:
+        line = self.lines[slot]
+        if line.kind == ".t":
+            turned: Slot = line.arguments[0]
+            return turned
+        assert line.shape is not None
+        return Slot(self._line(Line(".t", (Slot(slot),), (), line.shape[::-1], line.dtype, False), made))
 
     def _stack_products(self) -> None:
         """``sum_t A_t B_t`` into one product of ``[A_1 A_2 ..]`` and ``[B_1; B_2; ..]``, and sums likewise."""
@@ -332,14 +353,29 @@ class Rewriter:
                 and inner.dtype is line.dtype
             ):
                 x, y = inner.arguments
-                if not self._is_number(y) and self._dtype(x) is self._dtype(y) is line.dtype:
+                if (
+                    not self._is_number(y)
+                    and self._dtype(x) is self._dtype(y) is line.dtype
+                    and self._is_fast(line, kept, x, y)
+                ):
                     return line._replace(kind="addcmul", arguments=(kept, x, y, b if sign == 1 else -b))
             if type(b) is Slot:
                 return line._replace(kind="add" if sign == 1 else "sub", arguments=(kept, a, b))
             return line._replace(kind="add", arguments=(kept, a, sign * b))
-        if self._dtype(a) is self._dtype(b) is line.dtype:
+        if self._dtype(a) is self._dtype(b) is line.dtype and self._is_fast(line, kept, a, b):
             return line._replace(kind="addcmul", arguments=(kept, a, b, sign))
         return None
+
+    def _is_fast(self, line: Line, *operands: Slot) -> bool:
+        """Whether addcmul is: not where several operands are alike along the last dimension, by five times."""
+        assert line.shape is not None
+        width = line.shape[-1:]
+        return width == (1,) or sum(self._shape(x)[-1:] != width for x in operands) < 2
+
+    def _shape(self, x: Slot) -> torch.Size:
+        shape = self.lines[x.number].shape
+        assert shape is not None
+        return shape
 
     def _is_number(self, x: Any) -> bool:
         return type(x) is not Slot or self.lines[x.number].shape is None
