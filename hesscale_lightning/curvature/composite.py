@@ -100,6 +100,7 @@ class Joiner:
         self._operation = operation
         self._rows: dict[int, rows.RowOperation | None] = {}
         self._consumers: list[list[int]] = []
+        self._not_plain: set[int] = set()  # whose other outputs are used, or whose transpose is
         self._below = [
             [index for child, _, _ in found.edges[node] if (index := found.index[child]) >= 0] for node in found.nodes
         ]
@@ -117,6 +118,8 @@ class Joiner:
             for user, children in enumerate(self._below):
                 for child in children:
                     self._consumers[child].append(user)
+            for inputs in self._found.edges.values():
+                self._not_plain |= {self._found.index[child] for child, output, flip in inputs if output or flip}
         if not rule.reduces:
             taken = self._meeting(position, self._joins)
             wider = self._widened(taken, position, self._joins)
@@ -247,13 +250,7 @@ class Joiner:
 
     def _is_plain(self, position: int) -> bool:
         """Whether the node's first output is used as it is, and no other."""
-        node = self._found.nodes[position]
-        return not any(
-            output or flip
-            for user in self._consumers[position]
-            for child, output, flip in self._found.edges[self._found.nodes[user]]
-            if child is node
-        )
+        return position not in self._not_plain
 
     def _through_mixing(self, taken: list[int], end: int) -> list[int]:
         """``taken``, and the mixing operations that its sources come from."""

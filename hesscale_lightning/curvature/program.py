@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hesscale_lightning.curvature.recorder import Constant, Line, Slot
-from hesscale_lightning.curvature.rewriting import Rewriter, slots_of
+from hesscale_lightning.curvature.rewriting import Rewriter
 
 #: Gradients that may wait before what can be computed is computed, and their bytes: one long sweep is faster than many
 #: short ones, but holds what it has not passed.
@@ -65,6 +65,7 @@ class _Writer:
         rewriter = Rewriter(lines, results)
         rewriter.run()
         self._lines, self._order, self._needed = rewriter.lines, rewriter.order, rewriter.needed
+        self._reads = rewriter.reads
         self._inputs = inputs
         self._results = dict(results)
         self._constants: dict[str, Any] = {
@@ -97,20 +98,20 @@ class _Writer:
         }
         first_read: dict[int, int] = {}
         for i, k in enumerate(self._order):
-            for n in slots_of(self._lines[k]):
+            for n in self._reads(k):
                 first_read.setdefault(n, i)
         for i, k in enumerate(self._order):
             if i in starts:
                 body.append(f"yield {starts[i]}")
                 arrived = starts[i]
             line = self._lines[k]
-            for n in dict.fromkeys(slots_of(line)):
+            for n in dict.fromkeys(self._reads(k)):
                 if n in of_gradient and first_read[n] == i:
                     entry, output = of_gradient[n]
                     assert entry < arrived
                     body.append(f"v{n} = grads[{entry}][{output}]")
             body.append(f"v{k} = {self._expression(k, line, i, last, group)}")
-            dropped = [n for n in dict.fromkeys(slots_of(line)) if last[n] == i]
+            dropped = [n for n in dict.fromkeys(self._reads(k)) if last[n] == i]
             if dropped:
                 body.append("del " + ", ".join(f"v{n}" for n in dropped))
         for number, slot in self._results.items():
@@ -149,7 +150,7 @@ class _Writer:
                 waiting = held = 0
         for i, k in enumerate(self._order):
             need = 0
-            for n in slots_of(self._lines[k]):
+            for n in self._reads(k):
                 if self._lines[n].kind == "input" and self._is_gradient(n):
                     need = max(need, order[self._lines[n].arguments[0][1]] + 1)
             if need:
@@ -177,7 +178,7 @@ class _Writer:
         last: dict[int, int] = {}
         for i, k in enumerate(self._order):
             last.setdefault(k, i)
-            for n in slots_of(self._lines[k]):
+            for n in self._reads(k):
                 last[n] = i
         for slot in self._results.values():
             last[slot] = len(self._order)
@@ -195,7 +196,7 @@ class _Writer:
             if (not line.fresh and line.shape is not None) or line.kind == "call":
                 if line.fresh:
                     continue
-                for n in slots_of(line):
+                for n in self._reads(k):
                     if self._lines[n].shape is not None or self._lines[n].kind == "call":
                         joined = group[k] | group[n]
                         for m in joined:

@@ -37,6 +37,7 @@ class Rewriter:
         self.lines = list(lines)
         self.order = [k for k in range(len(lines)) if lines[k].kind != "input"]
         self.needed: set[int] = set()
+        self._reads: dict[int, tuple[Line, list[int]]] = {}
         self._results = set(results.values())
         self._counted = Counter(results.values())
 
@@ -49,17 +50,26 @@ class Rewriter:
         self._fuse()
         self._drop_unused()
 
+    def reads(self, k: int) -> list[int]:
+        """Numbers of the slots that line ``k`` reads."""
+        line = self.lines[k]
+        known = self._reads.get(k)
+        if known is None or known[0] is not line:
+            known = self._reads[k] = line, slots_of(line)
+        return known[1]
+
     def _uses(self) -> Counter[int]:
         uses: Counter[int] = Counter(self._counted)
         for k in self.order:
-            uses.update(slots_of(self.lines[k]))
+            for n in self.reads(k):
+                uses[n] += 1
         return uses
 
     def _drop_unused(self) -> None:
         needed = set(self._results)
         for k in reversed(self.order):
             if k in needed:
-                needed.update(slots_of(self.lines[k]))
+                needed.update(self.reads(k))
         self.order = [k for k in self.order if k in needed]
         self.needed = needed
 
@@ -271,7 +281,7 @@ class Rewriter:
         made.append(inner)
         for a in line.arguments:
             uses[a.number] -= 1
-        uses.update(n for m in made for n in slots_of(self.lines[m]))
+        uses.update(n for m in made for n in self.reads(m))
         uses[factor.number] += 1
         self.lines[k] = line._replace(kind="*", arguments=(Slot(inner), factor))
         return made
@@ -292,7 +302,7 @@ class Rewriter:
 
     def _added(self, kind: str, arguments: tuple[Any, ...], like: Line) -> int:
         shapes = [s for a in arguments if type(a) is Slot and (s := self.lines[a.number].shape) is not None]
-        shape, dtype = (torch.broadcast_shapes(*shapes), like.dtype) if shapes else (None, None)  # else: numbers
+        shape, dtype = (_broadcast(shapes), like.dtype) if shapes else (None, None)  # else: numbers
         self.lines.append(Line(kind, arguments, (), shape, dtype, True))
         return len(self.lines) - 1
 
@@ -381,16 +391,22 @@ class Rewriter:
         return type(x) is not Slot or self.lines[x.number].shape is None
 
 
+def _broadcast(shapes: Sequence[torch.Size]) -> torch.Size:
+    return shapes[0] if all(s == shapes[0] for s in shapes) else torch.broadcast_shapes(*shapes)
+
+
 def slots_of(line: Line) -> list[int]:
     """Numbers of the slots that a line reads."""
-    if line.kind == "input":
-        return []
     found: list[int] = []
-    stack = [*line.keywords, *reversed(line.arguments)]
-    while stack:
-        argument = stack.pop()
+    if line.kind != "input":
+        _collect(line.arguments, found)
+        _collect(line.keywords, found)
+    return found
+
+
+def _collect(arguments: Sequence[Any], found: list[int]) -> None:
+    for argument in arguments:
         if type(argument) is Slot:
             found.append(argument.number)
         elif type(argument) is tuple:
-            stack.extend(reversed(argument))
-    return found
+            _collect(argument, found)

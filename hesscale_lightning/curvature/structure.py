@@ -289,8 +289,10 @@ class _MatchWriter:
             unpacked = f"({', '.join(parts)},)" if parts else "[]"
             lines.append(f"{unpacked} = n{self._slots[node]}.next_functions")
             lines += after
-        outputs = [pair for pair in same if pair[1].isdigit() or pair[1] == "None"]
-        objects = [pair for pair in same if pair not in outputs]
+        outputs: list[tuple[str, str]] = []
+        objects: list[tuple[str, str]] = []
+        for pair in same:
+            (outputs if pair[1].isdigit() or pair[1] == "None" else objects).append(pair)
         lines.append(f"if ({''.join(f'type({n}), ' for n in names)}) != TYPES: return None")
         if outputs:
             left, right = "".join(f"{a}, " for a, _ in outputs), "".join(f"{b}, " for _, b in outputs)
@@ -360,11 +362,15 @@ class _MatchWriter:
                 signed.append(f"s{k} is None")
             elif how != "object":
                 signed.append(f"s{k} is not None and s{k}.shape, s{k} is not None and s{k}.dtype")
-        texts = [_asked(a) for a in conditions]
-        for position in dict.fromkeys(a.position for a in conditions if "{n}._input_metadata" in a.expression):
-            lines.append(f"i{position} = n{position}._input_metadata")
-            texts = [text.replace(f"n{position}._input_metadata", f"i{position}") for text in texts]
-        signed += texts
+        asked = set()
+        for ask in conditions:
+            text, position = _asked(ask), ask.position
+            if "{n}._input_metadata" in ask.expression:  # fetched once for all that is asked of it
+                if position not in asked:
+                    asked.add(position)
+                    lines.append(f"i{position} = n{position}._input_metadata")
+                text = text.replace(f"n{position}._input_metadata", f"i{position}")
+            signed.append(text)
         lines.append(f"saved = [{', '.join(values)}]")
         lines.append(f"signature = ({''.join(part + ', ' for part in signed)})")
         return lines
