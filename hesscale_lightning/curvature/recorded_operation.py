@@ -276,16 +276,24 @@ class RecordedOperation(Operation):
     @override
     def input_meta(self, i: int) -> tuple[torch.dtype, torch.device]:
         meta = super().input_meta(i)
+        self._of_input(i, "device", meta[1])
+        self._of_input(i, "dtype", meta[0])
+        return meta
+
+    @override
+    def input_dtype(self, i: int) -> torch.dtype:
+        self._of_input(i, "dtype", super().input_meta(i)[0])
+        return super().input_dtype(i)
+
+    def _of_input(self, i: int, what: str, value: Any) -> None:
         recording = self._recording
         child, output = self._following[i]
         slot = recording.slots.get(child)
         if slot is None:
-            recording.condition(self.position, f"input_meta({{n}}, {i})", meta)
-            return meta
-        of = "{w}" if type(child) is AccumulateGrad else f"{{n}}._input_metadata[{output}]"
-        recording.condition(slot, f"{of}.dtype", meta[0])
-        recording.condition(slot, f"{of}.device", meta[1])
-        return meta
+            recording.condition(self.position, f"input_meta({{n}}, {i}).{what}", value)
+        else:
+            of = "{w}" if type(child) is AccumulateGrad else f"{{n}}._input_metadata[{output}]"
+            recording.condition(slot, f"{of}.{what}", value)
 
     @override
     def output_shape(self, i: int = 0) -> torch.Size:
@@ -332,8 +340,7 @@ def input_shape(node: Node, i: int) -> torch.Size:
     return torch.Size(shape)
 
 
-def input_meta(node: Node, i: int) -> tuple[torch.dtype, torch.device]:
-    """The condition of :meth:`Operation.input_meta`."""
+def input_meta(node: Node, i: int) -> Any:
+    """What knows dtype and device of an input, for the conditions of :meth:`Operation.input_meta`."""
     child, output = node.next_functions[i]
-    meta = child.variable if type(child) is AccumulateGrad else child._input_metadata[output]
-    return meta.dtype, meta.device
+    return child.variable if type(child) is AccumulateGrad else child._input_metadata[output]
