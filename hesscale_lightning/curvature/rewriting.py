@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from hesscale_lightning.curvature.recorder import Constant, Line, Slot
 
-#: Fewest products that are stacked, and the most numbers that are kept for it.
-_FEWEST_STACKED = 4
-_MOST_STACKED = 2**22
+#: How many products are stacked, and the most numbers that are kept for it.
+_FEWEST_STACKED, _MOST_STACKED = 4, 8
+_MOST_NUMBERS_STACKED = 2**22
 _MOST_FACTORS = 8
 _DEEPEST_TURNED = 8
 
@@ -38,6 +39,9 @@ class Rewriter:
         self.order = [k for k in range(len(lines)) if lines[k].kind != "input"]
         self.needed: set[int] = set()
         self._reads: dict[int, tuple[Line, list[int]]] = {}
+        self._place: dict[int, int] = {}  # while products are stacked: where in the order each line is computed
+        self._inserted: dict[int, list[int]] = {}  # new lines, by the place behind which they are put
+        self._stacks: dict[Any, int] = {}
         self._results = set(results.values())
         self._counted = Counter(results.values())
 
@@ -118,18 +122,28 @@ class Rewriter:
         return Slot(self._line(Line(".t", (Slot(slot),), (), line.shape[::-1], line.dtype, False), made))
 
     def _stack_products(self) -> None:
-        """``sum_t A_t B_t`` into one product of ``[A_1 A_2 ..]`` and ``[B_1; B_2; ..]``, and sums likewise."""
+        """``sum_t A_t B_t`` into products of ``[A_1 A_2 ..]`` and ``[B_1; B_2; ..]``, and sums likewise.
+
+        A few terms at a time, and as soon as these are there, so that what they are made of is not kept for long.
+        """
         uses = self._uses()
-        order: list[int] = []
         inner: set[int] = set()  # sums that are part of a larger one
-        for k in self.order:
+        self._place = {}
+        for i, k in enumerate(self.order):
             line = self.lines[k]
+            self._place[k] = i
+            for n in self.reads(k):
+                self._place.setdefault(n, i)  # an input is there as soon as it is read
             if line.kind == "+" and line.shape is not None:
                 inner.update(a.number for a in line.arguments if type(a) is Slot and self._is_sum(a.number, uses))
-        for k in self.order:
-            if k not in inner and self._is_sum(k, None):
-                order += self._with_products_stacked(k, uses)
+        for k in [k for k in self.order if k not in inner and self._is_sum(k, None)]:
+            self._stack_terms(k, uses)
+        if not self._inserted:
+            return
+        order: list[int] = []
+        for i, k in enumerate(self.order):
             order.append(k)
+            order += self._inserted.get(i, ())
         self.order = order
         self._drop_unused()
 
@@ -154,35 +168,41 @@ class Rewriter:
                 terms.append(slot)
         return terms
 
-    def _with_products_stacked(self, k: int, uses: Counter[int]) -> list[int]:
-        """Lines to be put before the sum ``k``, which becomes shorter; none if there is too little to stack."""
-        terms = self._terms(k, uses)
+    def _stack_terms(self, k: int, uses: Counter[int]) -> None:
+        """Makes the sum ``k`` shorter, if there is enough to stack."""
         groups: dict[Any, list[int]] = {}
-        for term in terms:
+        for term in self._terms(k, uses):
             groups.setdefault(self._kind_of_term(term, uses), []).append(term)
-        made: list[int] = []
         kept: list[int] = []
+        stacked = False
         for kind, members in groups.items():
-            size = 0 if kind is None else sum(kind[-1]) * len(members)
-            if kind is None or len(members) < _FEWEST_STACKED or size > _MOST_STACKED:
+            if kind is None or len(members) < _FEWEST_STACKED:
                 kept += members
-            elif kind[0] == "@":
-                kept.append(self._stacked_product(members[::-1], uses, made))
-            else:
-                kept.append(self._stacked_sum(members[::-1], made))
-        if not made:
-            return []
+                continue
+            stacked = True
+            for some in _pieces(members[::-1], min(_MOST_STACKED, max(1, _MOST_NUMBERS_STACKED // sum(kind[-1])))):
+                made: list[int] = []
+                kept.append(
+                    self._stacked_product(some, uses, made) if kind[0] == "@" else self._stacked_sum(some, made)
+                )
+                self._insert(made)
+        if not stacked:
+            return
         line = self.lines[k]
         total = kept[0]
         for term in kept[1:-1]:
             total = self._added("+", (Slot(total), Slot(term)), line)
-            made.append(total)
+            self._insert([total])
         if len(kept) > 1:
             self.lines[k] = line._replace(arguments=(Slot(total), Slot(kept[-1])))
         else:
-            last = made.pop()  # the line that makes the one term there is
-            self.lines[k] = self.lines[last]
-        return made
+            self.lines[k] = self.lines[total]
+
+    def _insert(self, made: Sequence[int]) -> None:
+        """Has new lines computed, in this order, as soon as all that they read is there."""
+        place = max(self._place[n] for k in made for n in self.reads(k) if n in self._place)
+        self._place.update(dict.fromkeys(made, place))
+        self._inserted.setdefault(place, []).extend(made)
 
     def _kind_of_term(self, term: int, uses: Counter[int]) -> Any:
         """Terms of one kind can be stacked; ends with the numbers that are kept for each."""
@@ -230,14 +250,15 @@ class Rewriter:
 
     def _stack(self, slots: Sequence[int], dim: int, made: list[int]) -> int:
         arguments = (Constant(torch.cat), tuple([Slot(s) for s in slots]), dim)
-        for m in made:
-            if self.lines[m].arguments == arguments:
-                return m
-        first = self.lines[slots[0]]
-        assert first.shape is not None
-        shape = list(first.shape)
-        shape[dim] *= len(slots)
-        return self._line(Line("call", arguments, (), torch.Size(shape), first.dtype, True), made)
+        known = self._stacks.get(arguments)
+        if known is None:
+            first = self.lines[slots[0]]
+            assert first.shape is not None
+            shape = list(first.shape)
+            shape[dim] *= len(slots)
+            known = self._line(Line("call", arguments, (), torch.Size(shape), first.dtype, True), made)
+            self._stacks[arguments] = known
+        return known
 
     def _line(self, line: Line, made: list[int]) -> int:
         self.lines.append(line)
@@ -389,6 +410,13 @@ class Rewriter:
 
     def _is_number(self, x: Any) -> bool:
         return type(x) is not Slot or self.lines[x.number].shape is None
+
+
+def _pieces(members: Sequence[int], most: int) -> list[Sequence[int]]:
+    """As few as possible, of about the same length, none longer than ``most``."""
+    count = -(-len(members) // most)
+    ends = [len(members) * i // count for i in range(count + 1)]
+    return [members[a:b] for a, b in pairwise(ends)]
 
 
 def _broadcast(shapes: Sequence[torch.Size]) -> torch.Size:

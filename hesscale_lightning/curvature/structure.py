@@ -381,7 +381,7 @@ class _MatchWriter:
             if how == "number":
                 lines.append(f"s{k} = as_number({_asked(ask)})")
                 numbers.append(f"s{k} is None")
-            elif ask.expression.startswith("{n}._saved_") and how == "tensor":
+            elif ask.expression.removeprefix("{n}.").isidentifier():
                 plain.append(Ask(k, ask.expression))
             else:
                 lines.append(f"s{k} = {_asked(ask)}")
@@ -414,8 +414,9 @@ class _MatchWriter:
         """An assignment of what nodes have saved; of many nodes in one, which takes less time to compile."""
         if len(names) < _MANY:
             return "; ".join(f"{name} = {_asked(Ask(k, expression))}" for name, k in zip(names, at, strict=True))
-        getter = f"GET{expression.removeprefix('{n}.')}"
-        namespace[getter] = attrgetter(expression.removeprefix("{n}."))
+        name = expression.removeprefix("{n}.")
+        getter = f"GET_{name}"
+        namespace[getter] = attrgetter(name)
         return f"{_tuple(names)} = map({getter}, {_tuple(f'n{k}' for k in at)})"
 
 
