@@ -113,7 +113,9 @@ class CompiledPass(Attachment):
             raise RuntimeError(
                 "backward did not run all operations that it was to run: this is a bug, please report it"
             )
-        arrived: dict[int, Any] = {cell: self._arrived.get(cell) for cell, _ in self._leaves}
+        arrived: dict[int, Any] = self._arrived
+        if len(arrived) < len(self._leaves):  # to some comes none
+            arrived = {cell: arrived.get(cell) for cell, _ in self._leaves}
         self._write(arrived, self._program.own)
 
 
