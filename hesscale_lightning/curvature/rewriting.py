@@ -335,7 +335,7 @@ class Rewriter:
         return self.lines[x.number].dtype if type(x) is Slot else None
 
     def _fuse(self) -> None:
-        """Products into the sums that alone use them, and ``(1 - z) u`` into ``u - z u``."""
+        """Products into the sums that alone use them, and ``(1 - c z) u`` into ``u - c z u``."""
         uses = self._uses()
         for k in self.order:
             line = self.lines[k]
@@ -343,6 +343,8 @@ class Rewriter:
                 continue
             if line.kind == "*":
                 self._fuse_complement(k, line, uses)
+            elif line.kind == "+" and _is_plain_number(line.arguments[1]):
+                self._turn_around(k, line, uses)
             elif line.kind in "+-" and all(type(a) is Slot for a in line.arguments):
                 first, second = line.arguments
                 fused = self._fused_sum(line, first, second, -1 if line.kind == "-" else 1, uses)
@@ -351,21 +353,32 @@ class Rewriter:
                 if fused is not None:
                     self.lines[k] = fused
 
+    def _turn_around(self, k: int, line: Line, uses: Counter[int]) -> None:
+        """``-x + c`` into ``c - x``."""
+        x, number = line.arguments
+        made = self.lines[x.number]
+        if (
+            made.kind == "*"
+            and uses[x.number] == 1
+            and _is_plain_number(made.arguments[1])
+            and made.arguments[1] == -1
+            and self._is_like(made.arguments[0], line)
+        ):
+            self.lines[k] = line._replace(kind="-", arguments=(number, made.arguments[0]))
+
     def _fuse_complement(self, k: int, line: Line, uses: Counter[int]) -> None:
         for complement, other in (line.arguments, line.arguments[::-1]):
             if type(complement) is not Slot or type(other) is not Slot or complement == other:
                 continue
             made = self.lines[complement.number]
-            if (
-                made.kind == "-"
-                and made.arguments[0] == 1
-                and type(made.arguments[0]) is not Slot
-                and uses[complement.number] <= 2
-                and self._is_like(other, line)
-                and self._is_like(made.arguments[1], line)
-            ):
-                z = made.arguments[1]
-                self.lines[k] = line._replace(kind="addcmul", arguments=(other, other, z, -1))
+            if made.kind != "-" or not _is_plain_number(made.arguments[0]) or made.arguments[0] != 1:
+                continue
+            z, factor = made.arguments[1], 1
+            product = self.lines[z.number]
+            if product.kind == "*" and uses[z.number] == 1 and _is_plain_number(product.arguments[1]):
+                z, factor = product.arguments
+            if uses[complement.number] <= 2 and self._is_like(other, line) and self._is_like(z, line):
+                self.lines[k] = line._replace(kind="addcmul", arguments=(other, other, z, -factor))
                 return
 
     def _fused_sum(self, line: Line, kept: Slot, product: Slot, sign: int, uses: Counter[int]) -> Line | None:
@@ -410,6 +423,10 @@ class Rewriter:
 
     def _is_number(self, x: Any) -> bool:
         return type(x) is not Slot or self.lines[x.number].shape is None
+
+
+def _is_plain_number(x: Any) -> bool:
+    return type(x) in (int, float)
 
 
 def _pieces(members: Sequence[int], most: int) -> list[Sequence[int]]:
