@@ -326,10 +326,10 @@ def _write(
 def _prepares(recording: Recording) -> dict[int, Callable[[Node], Any]]:
     """By position, what rules prepare from a node when it is attached: also of operations that no step is left of."""
     prepares: dict[int, Callable[[Node], Any]] = {}
-    for position, op in recording.preparing.items():
-        rule = find_rule(op.node)
+    for position, arguments in recording.preparing.items():
+        rule = find_rule(recording.nodes[position])
         if rule is not None and rule.prepare is not None:
-            prepares[position] = partial(_prepared, rule.prepare, op.needs, op.transposed, op.method)
+            prepares[position] = partial(_prepared, rule.prepare, *arguments)
     return prepares
 
 

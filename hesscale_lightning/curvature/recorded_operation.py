@@ -48,14 +48,15 @@ class Recording:
         recorder: What they compute.
         conditions: Values on which they may have branched, by what was asked.
         fetches: What is read from the graph when it is attached, by input of the program.
-        preparing: Operations that were asked for what their rules have prepared, by position.
+        preparing: By position of each operation that was asked for what its rule has prepared, the arguments with which
+            to make the operation again.
     """
 
     def __init__(self, nodes: Sequence[Node], edges: Mapping[Node, Sequence[Edge]], slots: Mapping[Any, int]) -> None:
         self.recorder = Recorder()
         self.conditions: dict[Ask, Any] = {}
         self.fetches: dict[Any, tuple[Ask, str]] = {}
-        self.preparing: dict[int, RecordedOperation] = {}
+        self.preparing: dict[int, tuple[list[bool], list[bool], str]] = {}  # not the operation, which owns this object
         self.nodes, self.edges, self.slots = nodes, edges, slots
         self._tensors: dict[Any, Tensor] = {}
         self.read: dict[Any, Value] = {}  # a checkpointed block hands out a tensor once
@@ -199,7 +200,7 @@ class RecordedOperation(Operation):
     @property
     def prepared(self) -> Any:
         """As for an :class:`Operation`."""
-        self._recording.preparing[self.position] = self
+        self._recording.preparing[self.position] = self.needs, self.transposed, self.method
         return self._recording.prepared(self.position, self._made)
 
     @prepared.setter
