@@ -97,13 +97,13 @@ class Attachment:
     def _begin(self, ref: weakref.ref[Attachment], grads: tuple[Tensor | None, ...]) -> None:
         """Called by the first hook of a backward pass."""
         try:
-            runs = [will_execute(node) for _, node in self._leaves]
+            leaves = [leaf for leaf in self._leaves if will_execute(leaf[1])]
             if self._inner:
                 self._inner = {cell: sink for cell, sink in self._inner.items() if will_execute(sink[0])}
         except RuntimeError:
             return  # torch.autograd.grad(): stay armed for the backward() to come
-        if not all(runs):
-            self._leaves = [leaf for leaf, run in zip(self._leaves, runs, strict=True) if run]
+        if len(leaves) < len(self._leaves):
+            self._leaves = leaves
             self._only_some(grads)
         task = torch._C._current_graph_task_id()
         other = _latest[1]() if _latest[0] == task else None
@@ -115,7 +115,7 @@ class Attachment:
                 "gradient: attach their sum, or call backward() on each"
             )
         _latest[:] = task, ref
-        self._fresh = {cell for cell, node in self._leaves if node.variable.grad is None}
+        self._fresh = {cell for cell, node in leaves if node.variable.grad is None}
         self._started = True
         Variable._execution_engine.queue_callback(partial(_finish, ref))
 
@@ -151,6 +151,7 @@ class Attachment:
                 "knows nothing of that: write the change as a torch.autograd.Function with a rule (register_rule), or "
                 "remove the hook"
             )
+        fresh = self._fresh
         taken: set[int] = set()
         for cell, node in self._leaves:
             tensor = node.variable
@@ -158,21 +159,24 @@ class Attachment:
             if (
                 h is None
                 or h.stride() != tensor.stride()
-                or h.dtype is not tensor.dtype
-                or h.dtype in HALF
+                or (dtype := h.dtype) is not tensor.dtype
+                or dtype in HALF
                 or h.shape != tensor.shape
                 or (cell not in own and h.data_ptr() in taken)
             ):
                 h = _laid_out_like(tensor, h)
-            if cell not in own:  # an operation may hand one tensor to several inputs
+            elif cell not in own:  # an operation may hand one tensor to several inputs
                 taken.add(h.data_ptr())
-            _add(tensor, h, cell in self._fresh)
+            if cell in fresh:
+                tensor.hess_diag = h
+            else:
+                _add(tensor, h)
         for cell, (_, tensor) in self._inner.items():
-            _add(tensor, _laid_out_like(tensor, arrived[cell]), False)
+            _add(tensor, _laid_out_like(tensor, arrived[cell]))
 
 
-def _add(tensor: Tensor, h: Tensor, anew: bool) -> None:
-    earlier = None if anew else getattr(tensor, "hess_diag", None)
+def _add(tensor: Tensor, h: Tensor) -> None:
+    earlier = getattr(tensor, "hess_diag", None)
     tensor.hess_diag = h if earlier is None else earlier + h  # type: ignore[attr-defined]
 
 

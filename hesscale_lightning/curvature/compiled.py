@@ -51,6 +51,7 @@ class CompiledPass(Attachment):
         self._arrived: dict[int, Tensor] = {}
         self._running: Any = program.run(saved, self._grads, self._arrived)
         self._need: int | None = 0
+        self._taken = 0
         self._instead: Any = instead
         self._substitute: InterpretedPass | None = None
 
@@ -92,14 +93,15 @@ class CompiledPass(Attachment):
     def _advance(self) -> None:
         """Runs the program until it needs a gradient that has not come yet."""
         grads, program, running = self._grads, self._program, self._running
-        need = self._need
+        need, taken = self._need, self._taken
         while need is not None:
-            for k in range(need):
+            for k in range(taken, need):
                 g = grads[k]
                 if g is _AWAITED:
                     return
                 if (g is not None and g[0] is None) or len(g) > 1:
                     grads[k] = _without_gaps(g, self._nodes[program.gradients[k]])
+            self._taken = taken = need
             self._need = need = next(running, None)
 
     def _complete(self) -> None:
@@ -111,7 +113,9 @@ class CompiledPass(Attachment):
             raise RuntimeError(
                 "backward did not run all operations that it was to run: this is a bug, please report it"
             )
-        arrived: dict[int, Any] = {cell: self._arrived.get(cell) for cell, _ in self._leaves}
+        arrived: dict[int, Any] = self._arrived
+        if len(arrived) < len(self._leaves):  # to some comes none
+            arrived = {cell: arrived.get(cell) for cell, _ in self._leaves}
         self._write(arrived, self._program.own)
 
 

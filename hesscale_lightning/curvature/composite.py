@@ -98,8 +98,10 @@ class Joiner:
         self._inside = inside
         self._outside = outside
         self._operation = operation
+        self._edges_below: dict[int, list[Edge]] = {}
         self._rows: dict[int, rows.RowOperation | None] = {}
         self._consumers: list[list[int]] = []
+        self._not_plain: set[int] = set()  # whose other outputs are used, or whose transpose is
         self._below = [
             [index for child, _, _ in found.edges[node] if (index := found.index[child]) >= 0] for node in found.nodes
         ]
@@ -117,6 +119,8 @@ class Joiner:
             for user, children in enumerate(self._below):
                 for child in children:
                     self._consumers[child].append(user)
+            for inputs in self._found.edges.values():
+                self._not_plain |= {self._found.index[child] for child, output, flip in inputs if output or flip}
         if not rule.reduces:
             taken = self._meeting(position, self._joins)
             wider = self._widened(taken, position, self._joins)
@@ -196,11 +200,7 @@ class Joiner:
         return taken
 
     def _wider(self, taken: list[int], end: int, joins: Callable[[int, int], bool]) -> list[int]:
-        nodes, index, edges = self._found.nodes, self._found.index, self._found.edges
-
-        def wanted_below(position: int) -> dict[Edge, None]:
-            return {edge: None for edge in edges[nodes[position]] if index[edge[0]] >= 0}
-
+        index, wanted_below = self._found.index, self._wanted_below
         sources = {edge for member in taken for edge in wanted_below(member) if index[edge[0]] not in taken}
         if len(sources) < 2:
             return taken
@@ -220,8 +220,20 @@ class Joiner:
         for position in sorted(passed, reverse=True):
             if any(reached[edge] > 1 or index[edge[0]] in between for edge in wanted_below(position)):
                 between.add(position)
+        if not between:
+            return taken
         members = self._on_the_way([*taken, *(between - {*taken})])
         return members if len(members) <= _MOST_MEMBERS else taken
+
+    def _wanted_below(self, position: int) -> list[Edge]:
+        """Where the inputs of the operation come from that lead to wanted tensors, each once."""
+        known = self._edges_below.get(position)
+        if known is None:
+            index = self._found.index
+            edges = self._found.edges[self._found.nodes[position]]
+            known = list(dict.fromkeys([edge for edge in edges if index[edge[0]] >= 0]))
+            self._edges_below[position] = known
+        return known
 
     def _meeting_of_shared(self, position: int) -> list[int]:
         """As :meth:`_meeting`, of elementwise operations whose results others may use; only those on the way."""
@@ -247,13 +259,7 @@ class Joiner:
 
     def _is_plain(self, position: int) -> bool:
         """Whether the node's first output is used as it is, and no other."""
-        node = self._found.nodes[position]
-        return not any(
-            output or flip
-            for user in self._consumers[position]
-            for child, output, flip in self._found.edges[self._found.nodes[user]]
-            if child is node
-        )
+        return position not in self._not_plain
 
     def _through_mixing(self, taken: list[int], end: int) -> list[int]:
         """``taken``, and the mixing operations that its sources come from."""

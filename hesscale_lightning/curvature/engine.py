@@ -21,7 +21,7 @@ from hesscale_lightning.curvature.compiled import CompiledPass
 from hesscale_lightning.curvature.graph import Node, Trace, trace
 from hesscale_lightning.curvature.interpreted import InterpretedPass
 from hesscale_lightning.curvature.operation import Operation
-from hesscale_lightning.curvature.plan import Output, Plan
+from hesscale_lightning.curvature.plan import Output
 from hesscale_lightning.curvature.planning import (
     cells_of_goals,
     make_plan,
@@ -236,9 +236,7 @@ def _armed(loss: Tensor, root: Node, wanted: dict[int, Tensor] | None, method: s
     recording = Recording(found.nodes, found.edges, slots) if writes else None
     interpreted = _interpreter(device_type, root, found, inner, method, recording)
     if recording is not None and structure is not None:
-        interpreted.when_recorded(
-            partial(_write, structure, recording, found, slots, wanted is None, interpreted.plan, facts)
-        )
+        interpreted.when_recorded(partial(_write, structure, recording, found, slots, wanted is None, facts))
     interpreted.watched(loss, found.nodes)
     return interpreted
 
@@ -299,7 +297,6 @@ def _write(
     found: Trace,
     slots: Mapping[Node, int],
     wants_all: bool,
-    plan: Plan,
     facts: Mapping[Any, Any],
     results: Mapping[int, int],
 ) -> tuple[Program, list[Any]]:
@@ -315,8 +312,9 @@ def _write(
         structure.forget()
         news = structure.learn(recording.conditions, recording.fetches)
         signature = structure.signature(known)
+    structure.prepares.update(_prepares(recording))
     if news or structure.match is None:
-        structure.write(found, slots, wants_all, _prepares(plan))
+        structure.write(found, slots, wants_all)
     inputs = list(structure.fetches)
     program = compile_program(recording.recorder.lines, inputs, results)
     if signature is not None:
@@ -325,13 +323,13 @@ def _write(
     return program, inputs
 
 
-def _prepares(plan: Plan) -> dict[int, Callable[[Node], Any]]:
-    """By position, what rules prepare from a node when it is attached."""
+def _prepares(recording: Recording) -> dict[int, Callable[[Node], Any]]:
+    """By position, what rules prepare from a node when it is attached: also of operations that no step is left of."""
     prepares: dict[int, Callable[[Node], Any]] = {}
-    for op in (op for step in plan.steps for op in step.operations if isinstance(op, RecordedOperation)):
-        rule = find_rule(op.node)
+    for position, arguments in recording.preparing.items():
+        rule = find_rule(recording.nodes[position])
         if rule is not None and rule.prepare is not None:
-            prepares[op.position] = partial(_prepared, rule.prepare, op.needs, op.transposed, op.method)
+            prepares[position] = partial(_prepared, rule.prepare, *arguments)
     return prepares
 
 

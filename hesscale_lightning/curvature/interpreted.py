@@ -192,14 +192,14 @@ class InterpretedPass(Attachment):
         # equals one that was not interrupted.
         arrived: dict[int, Any] = dict.fromkeys(range(len(cells)))
         cells.clear()
-        grads = [{o: g for (_, p, o), g in _gradients(kept) if p == position} for position in program.gradients]
+        by_node: dict[int, dict[int, Tensor]] = {position: {} for position in program.gradients}
+        for name, g in kept.items():
+            if isinstance(name, tuple) and name[0] == "g" and name[1] in by_node:
+                by_node[name[1]][name[2]] = g
+        grads = list(by_node.values())
         for _ in program.run([kept.get(name) for name in saved], grads, arrived):
             pass
         self._write(arrived, program.own)
-
-
-def _gradients(kept: Mapping[Any, Any]) -> list[tuple[Any, Tensor]]:
-    return [(name, g) for name, g in kept.items() if isinstance(name, tuple) and name[0] == "g"]
 
 
 def _on_step(ref: weakref.ref[InterpretedPass], k: int, grads: tuple[Tensor | None, ...]) -> None:

@@ -131,7 +131,7 @@ class Operation:
 
     def input_dtype(self, i: int) -> torch.dtype:
         """The dtype in which curvature of input ``i`` is carried: its own, or float32 if that is half precision."""
-        return carried(self.input_meta(i)[0])
+        return carried(Operation.input_meta(self, i)[0])
 
     def output_shape(self, i: int = 0) -> torch.Size:
         """Shape of output ``i``."""

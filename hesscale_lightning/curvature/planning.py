@@ -99,9 +99,12 @@ def make_plan(
     inside = _inside_network(found, rules) if method == "hesscale_gn" else [False] * len(nodes)
     plan = Plan([], leaves, len(nodes), {})
 
+    owners: set[int] = set()  # of which outputs after the first are used
+
     def cell_of(position: int, output: int) -> int:
         if output == 0 or position < 0:
             return position
+        owners.add(position)
         return plan.beyond.setdefault((position, output), plan.size + len(plan.beyond))
 
     joiner = Joiner(found, rules, inside, {node for node, _ in goals}, operation_at)
@@ -128,7 +131,7 @@ def make_plan(
         outputs = None
         if rule.multi_output:
             outputs = [cell_of(position, k) for k in range(len(node._input_metadata))]
-        elif any(owner == position for owner, _ in plan.beyond):
+        elif position in owners:
             raise no_rule(root, node, "its rule covers the first output only, and another output is used here")
         targets = [cell_of(index[child], output) for child, output, _ in inputs]
         turned = [flip for _, _, flip in inputs]

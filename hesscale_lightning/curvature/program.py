@@ -8,17 +8,23 @@ not delivered, so that what it holds can be freed on the way.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from hesscale_lightning.curvature.recorder import Constant, Line, Slot
-from hesscale_lightning.curvature.rewriting import Rewriter, slots_of
+from hesscale_lightning.curvature.rewriting import Rewriter
 
-#: Gradients that may wait before what can be computed is computed, and their bytes: one long sweep is faster than many
-#: short ones, but holds what it has not passed.
-_MOST_WAITING, _MOST_BYTES_WAITING = 4, 2**20
+#: Gradients that may wait before what can be computed is computed, and bytes of these and of what else is let go then:
+#: one long sweep is faster than many short ones, but holds what it has not passed.
+_MOST_WAITING, _MOST_BYTES_WAITING, _MOST_BYTES_AT_END = 4, 2**20, 2**18
+
+
+#: Operators that can write their result over an argument: which, and by which operator.
+_threshold_backward = torch.ops.aten.threshold_backward
+_OVER: dict[Any, tuple[int, Any]] = {Constant(_threshold_backward.default): (1, _threshold_backward.grad_input)}
 
 
 class Program(NamedTuple):
@@ -49,8 +55,8 @@ def compile_program(lines: Sequence[Line], inputs: Sequence[Any], results: Mappi
 
     Returns:
         The program. ``run(saved, grads, arrived)`` takes the inputs in their order, which it clears, a list with an
-        entry for each gradient, which backward fills, and a dictionary for the results; it yields the index up to which
-        it needs the gradients next.
+        entry for each gradient, which backward fills and it clears, and a dictionary for the results; it yields the
+        index up to which it needs the gradients next.
     """
     return _Writer(lines, inputs, results).program()
 
@@ -60,17 +66,19 @@ class _Writer:
         rewriter = Rewriter(lines, results)
         rewriter.run()
         self._lines, self._order, self._needed = rewriter.lines, rewriter.order, rewriter.needed
+        self._reads = rewriter.reads
         self._inputs = inputs
         self._results = dict(results)
         self._constants: dict[str, Any] = {
-            "addcmul": torch.addcmul, "add": torch.add, "sub": torch.sub, "mm": torch.mm, "bmm": torch.bmm,
+            "addcmul": torch.addcmul, "add": torch.add, "sub": torch.sub, "rsub": torch.rsub, "mm": torch.mm,
+            "bmm": torch.bmm,
         }  # fmt: skip
         self._names: dict[Any, str] = {}
 
     def program(self) -> Program:
         """The program."""
-        gradients, sweeps, starts = self._segments()
         last = self._last_reads()
+        gradients, sweeps, starts = self._segments(last)
         group = self._groups()
         received = [k for k, line in enumerate(self._lines) if line.kind == "input" and k in self._needed]
         by_name = {self._lines[k].arguments[0]: k for k in received}
@@ -89,22 +97,27 @@ class _Writer:
             if self._is_gradient(k)
             for _, position, output in [self._lines[k].arguments[0]]
         }
+        unread = Counter(entry for entry, _ in of_gradient.values())  # outputs of each that are still to be read
+        unread.update(of_gradient[slot][0] for slot in self._results.values() if slot in of_gradient)
         first_read: dict[int, int] = {}
         for i, k in enumerate(self._order):
-            for n in slots_of(self._lines[k]):
+            for n in self._reads(k):
                 first_read.setdefault(n, i)
         for i, k in enumerate(self._order):
             if i in starts:
                 body.append(f"yield {starts[i]}")
                 arrived = starts[i]
             line = self._lines[k]
-            for n in dict.fromkeys(slots_of(line)):
+            for n in dict.fromkeys(self._reads(k)):
                 if n in of_gradient and first_read[n] == i:
                     entry, output = of_gradient[n]
                     assert entry < arrived
                     body.append(f"v{n} = grads[{entry}][{output}]")
+                    unread[entry] -= 1
+                    if not unread[entry]:  # the list is not to keep it
+                        body.append(f"grads[{entry}] = None")
             body.append(f"v{k} = {self._expression(k, line, i, last, group)}")
-            dropped = [n for n in dict.fromkeys(slots_of(line)) if last[n] == i]
+            dropped = [n for n in dict.fromkeys(self._reads(k)) if last[n] == i]
             if dropped:
                 body.append("del " + ", ".join(f"v{n}" for n in dropped))
         for number, slot in self._results.items():
@@ -122,40 +135,42 @@ class _Writer:
         name = self._lines[k].arguments[0]
         return isinstance(name, tuple) and name[0] == "g"
 
-    def _segments(self) -> tuple[list[int], list[bool], dict[int, int]]:
+    def _segments(self, last: Mapping[int, int]) -> tuple[list[int], list[bool], dict[int, int]]:
         """Which gradients are taken, after which of them the program goes on, and where it stops for how many."""
-        gradients: dict[int, int] = {}  # position: bytes
-        reads: list[tuple[int, int]] = []  # line, how many gradients it needs
         order = {position: i for i, position in enumerate(self._gradient_order())}
-        for position in order:
-            gradients[position] = 0
-        for k in sorted(self._needed):
-            line = self._lines[k]
-            if line.kind == "input" and self._is_gradient(k):
-                assert line.shape is not None
-                gradients[line.arguments[0][1]] += 4 * line.shape.numel()
-        sweeps = []
-        waiting = held = 0
-        for size in gradients.values():
-            waiting, held = waiting + 1, held + size
-            sweeps.append(waiting >= _MOST_WAITING and held > _MOST_BYTES_WAITING)
-            if sweeps[-1]:
-                waiting = held = 0
+        held = [0] * len(order)  # bytes of each gradient, and of the inputs that are no longer needed then
+        needs: list[tuple[int, int]] = []  # line, how many gradients must have arrived
+        arrived = 0
         for i, k in enumerate(self._order):
-            need = 0
-            for n in slots_of(self._lines[k]):
-                if self._lines[n].kind == "input" and self._is_gradient(n):
-                    need = max(need, order[self._lines[n].arguments[0][1]] + 1)
-            if need:
-                reads.append((i, need))
+            for n in self._reads(k):
+                line = self._lines[n]
+                if line.kind != "input" or line.shape is None or line.dtype is None:
+                    continue
+                if self._is_gradient(n):
+                    entry = order[line.arguments[0][1]]
+                    if entry >= arrived:
+                        arrived = entry + 1
+                        needs.append((i, arrived))
+                if last[n] == i and held:
+                    held[max(0, arrived - 1)] += line.shape.numel() * line.dtype.itemsize
+        sweeps = []
+        waiting = size = 0
+        for more in held:
+            waiting, size = waiting + 1, size + more
+            sweeps.append(waiting >= _MOST_WAITING and size > _MOST_BYTES_WAITING)
+            if sweeps[-1]:
+                waiting = size = 0
+        # Late in the program the rest is computed before the last parameters get their gradients, else after that.
+        if needs and 2 * needs[-1][0] >= len(self._order) and size > _MOST_BYTES_AT_END:
+            sweeps[-1] = True
         starts: dict[int, int] = {}
         arrived = 0
-        for i, need in reads:
+        for i, need in needs:
             if need > arrived:
                 while need < len(sweeps) and not sweeps[need - 1]:
                     need += 1
                 starts[i] = arrived = need
-        return list(gradients), sweeps, starts
+        return list(order), sweeps, starts
 
     def _gradient_order(self) -> list[int]:
         """Positions of the nodes whose gradients are needed, in the order in which they were recorded."""
@@ -171,7 +186,7 @@ class _Writer:
         last: dict[int, int] = {}
         for i, k in enumerate(self._order):
             last.setdefault(k, i)
-            for n in slots_of(self._lines[k]):
+            for n in self._reads(k):
                 last[n] = i
         for slot in self._results.values():
             last[slot] = len(self._order)
@@ -189,7 +204,7 @@ class _Writer:
             if (not line.fresh and line.shape is not None) or line.kind == "call":
                 if line.fresh:
                     continue
-                for n in slots_of(line):
+                for n in self._reads(k):
                     if self._lines[n].shape is not None or self._lines[n].kind == "call":
                         joined = group[k] | group[n]
                         for m in joined:
@@ -228,6 +243,20 @@ class _Writer:
                 return f"{self._text(arguments[0])}.{name}({self._text(arguments[1])})"
             elif line.kind == "+" and self._may_overwrite(arguments[1], k, i, last, group):
                 return f"{self._text(arguments[1])}.add_({self._text(arguments[0])})"
+            elif line.kind == "/" and self._may_overwrite(arguments[0], k, i, last, group):
+                return f"{self._text(arguments[0])}.div_({self._text(arguments[1])})"
+            elif line.kind == "/" and type(arguments[0]) in (int, float) and arguments[0] == 1:
+                inverse = "reciprocal_" if self._may_overwrite(arguments[1], k, i, last, group) else "reciprocal"
+                return f"{self._text(arguments[1])}.{inverse}()"  # 1 / x is that too, and a Python function
+            elif line.kind == "-" and type(arguments[0]) in (int, float):
+                return f"rsub({self._text(arguments[1])}, {self._text(arguments[0])})"
+            elif line.kind == "call" and arguments[0] in _OVER:
+                place, call = _OVER[arguments[0]]
+                if self._may_overwrite(arguments[place], k, i, last, group):
+                    texts = [self._text(a) for a in arguments[1:]]
+                    return (
+                        f"{self._text(Constant(call))}({', '.join(texts)}, grad_input={self._text(arguments[place])})"
+                    )
             elif line.kind in ("addcmul", "add", "sub"):
                 return self._fused_expression(k, line, i, last, group)
         if line.kind == "item":

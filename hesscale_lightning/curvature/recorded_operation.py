@@ -48,13 +48,15 @@ class Recording:
         recorder: What they compute.
         conditions: Values on which they may have branched, by what was asked.
         fetches: What is read from the graph when it is attached, by input of the program.
-        gradients: Nodes and outputs whose gradients are inputs.
+        preparing: By position of each operation that was asked for what its rule has prepared, the arguments with which
+            to make the operation again.
     """
 
     def __init__(self, nodes: Sequence[Node], edges: Mapping[Node, Sequence[Edge]], slots: Mapping[Any, int]) -> None:
         self.recorder = Recorder()
         self.conditions: dict[Ask, Any] = {}
         self.fetches: dict[Any, tuple[Ask, str]] = {}
+        self.preparing: dict[int, tuple[list[bool], list[bool], str]] = {}  # not the operation, which owns this object
         self.nodes, self.edges, self.slots = nodes, edges, slots
         self._tensors: dict[Any, Tensor] = {}
         self.read: dict[Any, Value] = {}  # a checkpointed block hands out a tensor once
@@ -198,6 +200,7 @@ class RecordedOperation(Operation):
     @property
     def prepared(self) -> Any:
         """As for an :class:`Operation`."""
+        self._recording.preparing[self.position] = self.needs, self.transposed, self.method
         return self._recording.prepared(self.position, self._made)
 
     @prepared.setter
@@ -274,16 +277,24 @@ class RecordedOperation(Operation):
     @override
     def input_meta(self, i: int) -> tuple[torch.dtype, torch.device]:
         meta = super().input_meta(i)
+        self._of_input(i, "device", meta[1])
+        self._of_input(i, "dtype", meta[0])
+        return meta
+
+    @override
+    def input_dtype(self, i: int) -> torch.dtype:
+        self._of_input(i, "dtype", super().input_meta(i)[0])
+        return super().input_dtype(i)
+
+    def _of_input(self, i: int, what: str, value: Any) -> None:
         recording = self._recording
         child, output = self._following[i]
         slot = recording.slots.get(child)
         if slot is None:
-            recording.condition(self.position, f"input_meta({{n}}, {i})", meta)
-            return meta
-        of = "{w}" if type(child) is AccumulateGrad else f"{{n}}._input_metadata[{output}]"
-        recording.condition(slot, f"{of}.dtype", meta[0])
-        recording.condition(slot, f"{of}.device", meta[1])
-        return meta
+            recording.condition(self.position, f"input_meta({{n}}, {i}).{what}", value)
+        else:
+            of = "{w}" if type(child) is AccumulateGrad else f"{{n}}._input_metadata[{output}]"
+            recording.condition(slot, f"{of}.{what}", value)
 
     @override
     def output_shape(self, i: int = 0) -> torch.Size:
@@ -330,8 +341,7 @@ def input_shape(node: Node, i: int) -> torch.Size:
     return torch.Size(shape)
 
 
-def input_meta(node: Node, i: int) -> tuple[torch.dtype, torch.device]:
-    """The condition of :meth:`Operation.input_meta`."""
+def input_meta(node: Node, i: int) -> Any:
+    """What knows dtype and device of an input, for the conditions of :meth:`Operation.input_meta`."""
     child, output = node.next_functions[i]
-    meta = child.variable if type(child) is AccumulateGrad else child._input_metadata[output]
-    return meta.dtype, meta.device
+    return child.variable if type(child) is AccumulateGrad else child._input_metadata[output]

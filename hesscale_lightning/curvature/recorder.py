@@ -79,7 +79,7 @@ class Recorder:
     def __init__(self) -> None:
         self.lines: list[Line] = []
         self._known: dict[Any, int] = {}
-        self._alive: weakref.WeakValueDictionary[int, Symbol] = weakref.WeakValueDictionary()
+        self._symbols: dict[int, weakref.ref[Symbol]] = {}
         self._inputs: dict[Any, int] = {}
         self._kept: dict[Any, Any] | None = {}  # values of the inputs, as long as they are small
         self._bytes = 0
@@ -92,10 +92,9 @@ class Recorder:
             self._inputs[key] = symbol.slot
             self._keep(key, value)
             return symbol
-        known = self._alive.get(slot)
+        known = self._alive(slot)
         if known is None:
-            known = Symbol(self, slot, value)
-            self._alive[slot] = known
+            known = self._symbol(slot, value)
         return known
 
     def _keep(self, key: Any, value: Any) -> None:
@@ -142,7 +141,7 @@ class Recorder:
         if isinstance(b, (int, float)):
             line = self.lines[a.slot]
             if line.kind == "*" and isinstance(line.arguments[1], (int, float)):
-                without = self._alive.get(line.arguments[0].number)
+                without = self._alive(line.arguments[0].number)
                 if without is not None:
                     return self.product(without, line.arguments[1] * b)
         return self.record("*", (a, b))
@@ -183,9 +182,9 @@ class Recorder:
     def _transposed(self, symbol: Symbol) -> Symbol:
         """What ``symbol`` is the transpose of."""
         slot = self.lines[symbol.slot].arguments[0].number
-        inner = self._alive.get(slot)
+        inner = self._alive(slot)
         if inner is None:
-            inner = self._alive[slot] = Symbol(self, slot, symbol.value.t())
+            inner = self._symbol(slot, symbol.value.t())
         return inner
 
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], opaque: bool = False) -> Any:
@@ -201,7 +200,7 @@ class Recorder:
         key = (kind, *[_with_type(a) for a in arguments], keywords)
         slot = self._known.get(key)
         if slot is not None:
-            known = self._alive.get(slot)
+            known = self._alive(slot)
             if known is not None:
                 return self._results(known)
         values = [_value(a) for a in args]
@@ -218,8 +217,7 @@ class Recorder:
             symbol = self._new(Line(kind, arguments, keywords, *_facts(result), fresh), result)
             self._known[key] = symbol.slot
         else:
-            symbol = Symbol(self, slot, result)
-            self._alive[slot] = symbol
+            symbol = self._symbol(slot, result)
         return self._results(symbol)
 
     def _results(self, symbol: Symbol) -> Any:
@@ -236,16 +234,24 @@ class Recorder:
             made = self._new(Line("item", (Slot(symbol.slot), k), (), *_facts(value), fresh), value)
             self._known[key] = made.slot
             return made
-        alive = self._alive.get(slot)
+        alive = self._alive(slot)
         if alive is None:
-            alive = self._alive[slot] = Symbol(self, slot, value)
+            alive = self._symbol(slot, value)
         return alive
 
     def _new(self, line: Line, value: Any) -> Symbol:
         self.lines.append(line)
-        symbol = Symbol(self, len(self.lines) - 1, value)
-        self._alive[symbol.slot] = symbol
+        return self._symbol(len(self.lines) - 1, value)
+
+    def _symbol(self, slot: int, value: Any) -> Symbol:
+        symbol = Symbol(self, slot, value)
+        self._symbols[slot] = weakref.ref(symbol)
         return symbol
+
+    def _alive(self, slot: int) -> Symbol | None:
+        """The symbol of this number, if somebody still has it."""
+        reference = self._symbols.get(slot)
+        return None if reference is None else reference()
 
     def _argument(self, argument: Any) -> Any:
         kind = type(argument)

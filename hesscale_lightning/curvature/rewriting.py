@@ -11,16 +11,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from hesscale_lightning.curvature.recorder import Constant, Line, Slot
 
-#: Fewest products that are stacked, and the most numbers that are kept for it.
-_FEWEST_STACKED = 4
-_MOST_STACKED = 2**22
+#: How many products are stacked, and the most numbers that are kept for it.
+_FEWEST_STACKED, _MOST_STACKED = 4, 8
+_MOST_NUMBERS_STACKED = 2**22
 _MOST_FACTORS = 8
+_DEEPEST_TURNED = 8
 
 
 class Rewriter:
@@ -36,6 +38,10 @@ class Rewriter:
         self.lines = list(lines)
         self.order = [k for k in range(len(lines)) if lines[k].kind != "input"]
         self.needed: set[int] = set()
+        self._reads: dict[int, tuple[Line, list[int]]] = {}
+        self._place: dict[int, int] = {}  # while products are stacked: where in the order each line is computed
+        self._inserted: dict[int, list[int]] = {}  # new lines, by the place behind which they are put
+        self._stacks: dict[Any, int] = {}
         self._results = set(results.values())
         self._counted = Counter(results.values())
 
@@ -48,57 +54,96 @@ class Rewriter:
         self._fuse()
         self._drop_unused()
 
+    def reads(self, k: int) -> list[int]:
+        """Numbers of the slots that line ``k`` reads."""
+        line = self.lines[k]
+        known = self._reads.get(k)
+        if known is None or known[0] is not line:
+            known = self._reads[k] = line, slots_of(line)
+        return known[1]
+
     def _uses(self) -> Counter[int]:
         uses: Counter[int] = Counter(self._counted)
         for k in self.order:
-            uses.update(slots_of(self.lines[k]))
+            for n in self.reads(k):
+                uses[n] += 1
         return uses
 
     def _drop_unused(self) -> None:
         needed = set(self._results)
         for k in reversed(self.order):
             if k in needed:
-                needed.update(slots_of(self.lines[k]))
+                needed.update(self.reads(k))
         self.order = [k for k in self.order if k in needed]
         self.needed = needed
 
     def _turn_products(self) -> None:
-        """``(A B)^T`` into ``B^T A^T``, which lays a weight's curvature out like the weight."""
+        """``(A B)^T`` into ``B^T A^T``, which lays a weight's curvature out like the weight; in sums as well."""
         uses = self._uses()
         order: list[int] = []
         for k in self.order:
-            line = self.lines[k]
-            if line.kind == ".t" and uses[line.arguments[0].number] == 1:
-                product = self.lines[line.arguments[0].number]
-                if product.kind == "@" and product.shape is not None and len(product.shape) == 2:
-                    sides = []
-                    for x in reversed(product.arguments):
-                        made = self.lines[x.number]
-                        if made.kind == ".t":
-                            sides.append(made.arguments[0])
-                        else:
-                            assert made.shape is not None
-                            self.lines.append(Line(".t", (x,), (), made.shape[::-1], made.dtype, False))
-                            sides.append(Slot(len(self.lines) - 1))
-                            order.append(sides[-1].number)
-                    self.lines[k] = line._replace(kind="@", arguments=tuple(sides), fresh=True)
+            if self.lines[k].kind == ".t":
+                turned = self._turned(self.lines[k].arguments[0].number, uses, order)
+                if turned is not None:
+                    self.lines[k] = turned
             order.append(k)
         self.order = order
         self._drop_unused()
 
+    def _turned(self, slot: int, uses: Counter[int], made: list[int], depth: int = 0) -> Line | None:
+        """What computes the transpose of a product, or of a sum of such, in its place; None: nothing does."""
+        line = self.lines[slot]
+        if uses[slot] != 1 or line.shape is None or len(line.shape) != 2:
+            return None
+        sides: list[Slot] = []
+        if line.kind == "@":
+            sides += [self._transpose(x.number, made) for x in reversed(line.arguments)]
+        elif line.kind == "+" and depth < _DEEPEST_TURNED:
+            for x in line.arguments:
+                if type(x) is not Slot or self.lines[x.number].shape != line.shape:
+                    return None
+                if self.lines[x.number].kind == ".t":
+                    sides.append(self.lines[x.number].arguments[0])
+                    continue
+                turned = self._turned(x.number, uses, made, depth + 1)
+                if turned is None:
+                    return None
+                sides.append(Slot(self._line(turned, made)))
+        if not sides:
+            return None
+        return line._replace(arguments=tuple(sides), shape=torch.Size(line.shape[::-1]), fresh=True)
+
+    def _transpose(self, slot: int, made: list[int]) -> Slot:
+        line = self.lines[slot]
+        if line.kind == ".t":
+            turned: Slot = line.arguments[0]
+            return turned
+        assert line.shape is not None
+        return Slot(self._line(Line(".t", (Slot(slot),), (), line.shape[::-1], line.dtype, False), made))
+
     def _stack_products(self) -> None:
-        """``sum_t A_t B_t`` into one product of ``[A_1 A_2 ..]`` and ``[B_1; B_2; ..]``, and sums likewise."""
+        """``sum_t A_t B_t`` into products of ``[A_1 A_2 ..]`` and ``[B_1; B_2; ..]``, and sums likewise.
+
+        A few terms at a time, and as soon as these are there, so that what they are made of is not kept for long.
+        """
         uses = self._uses()
-        order: list[int] = []
         inner: set[int] = set()  # sums that are part of a larger one
-        for k in self.order:
+        self._place = {}
+        for i, k in enumerate(self.order):
             line = self.lines[k]
+            self._place[k] = i
+            for n in self.reads(k):
+                self._place.setdefault(n, i)  # an input is there as soon as it is read
             if line.kind == "+" and line.shape is not None:
                 inner.update(a.number for a in line.arguments if type(a) is Slot and self._is_sum(a.number, uses))
-        for k in self.order:
-            if k not in inner and self._is_sum(k, None):
-                order += self._with_products_stacked(k, uses)
+        for k in [k for k in self.order if k not in inner and self._is_sum(k, None)]:
+            self._stack_terms(k, uses)
+        if not self._inserted:
+            return
+        order: list[int] = []
+        for i, k in enumerate(self.order):
             order.append(k)
+            order += self._inserted.get(i, ())
         self.order = order
         self._drop_unused()
 
@@ -123,35 +168,41 @@ class Rewriter:
                 terms.append(slot)
         return terms
 
-    def _with_products_stacked(self, k: int, uses: Counter[int]) -> list[int]:
-        """Lines to be put before the sum ``k``, which becomes shorter; none if there is too little to stack."""
-        terms = self._terms(k, uses)
+    def _stack_terms(self, k: int, uses: Counter[int]) -> None:
+        """Makes the sum ``k`` shorter, if there is enough to stack."""
         groups: dict[Any, list[int]] = {}
-        for term in terms:
+        for term in self._terms(k, uses):
             groups.setdefault(self._kind_of_term(term, uses), []).append(term)
-        made: list[int] = []
         kept: list[int] = []
+        stacked = False
         for kind, members in groups.items():
-            size = 0 if kind is None else sum(kind[-1]) * len(members)
-            if kind is None or len(members) < _FEWEST_STACKED or size > _MOST_STACKED:
+            if kind is None or len(members) < _FEWEST_STACKED:
                 kept += members
-            elif kind[0] == "@":
-                kept.append(self._stacked_product(members[::-1], uses, made))
-            else:
-                kept.append(self._stacked_sum(members[::-1], made))
-        if not made:
-            return []
+                continue
+            stacked = True
+            for some in _pieces(members[::-1], min(_MOST_STACKED, max(1, _MOST_NUMBERS_STACKED // sum(kind[-1])))):
+                made: list[int] = []
+                kept.append(
+                    self._stacked_product(some, uses, made) if kind[0] == "@" else self._stacked_sum(some, made)
+                )
+                self._insert(made)
+        if not stacked:
+            return
         line = self.lines[k]
         total = kept[0]
         for term in kept[1:-1]:
             total = self._added("+", (Slot(total), Slot(term)), line)
-            made.append(total)
+            self._insert([total])
         if len(kept) > 1:
             self.lines[k] = line._replace(arguments=(Slot(total), Slot(kept[-1])))
         else:
-            last = made.pop()  # the line that makes the one term there is
-            self.lines[k] = self.lines[last]
-        return made
+            self.lines[k] = self.lines[total]
+
+    def _insert(self, made: Sequence[int]) -> None:
+        """Has new lines computed, in this order, as soon as all that they read is there."""
+        place = max(self._place[n] for k in made for n in self.reads(k) if n in self._place)
+        self._place.update(dict.fromkeys(made, place))
+        self._inserted.setdefault(place, []).extend(made)
 
     def _kind_of_term(self, term: int, uses: Counter[int]) -> Any:
         """Terms of one kind can be stacked; ends with the numbers that are kept for each."""
@@ -199,14 +250,15 @@ class Rewriter:
 
     def _stack(self, slots: Sequence[int], dim: int, made: list[int]) -> int:
         arguments = (Constant(torch.cat), tuple([Slot(s) for s in slots]), dim)
-        for m in made:
-            if self.lines[m].arguments == arguments:
-                return m
-        first = self.lines[slots[0]]
-        assert first.shape is not None
-        shape = list(first.shape)
-        shape[dim] *= len(slots)
-        return self._line(Line("call", arguments, (), torch.Size(shape), first.dtype, True), made)
+        known = self._stacks.get(arguments)
+        if known is None:
+            first = self.lines[slots[0]]
+            assert first.shape is not None
+            shape = list(first.shape)
+            shape[dim] *= len(slots)
+            known = self._line(Line("call", arguments, (), torch.Size(shape), first.dtype, True), made)
+            self._stacks[arguments] = known
+        return known
 
     def _line(self, line: Line, made: list[int]) -> int:
         self.lines.append(line)
@@ -250,7 +302,7 @@ class Rewriter:
         made.append(inner)
         for a in line.arguments:
             uses[a.number] -= 1
-        uses.update(n for m in made for n in slots_of(self.lines[m]))
+        uses.update(n for m in made for n in self.reads(m))
         uses[factor.number] += 1
         self.lines[k] = line._replace(kind="*", arguments=(Slot(inner), factor))
         return made
@@ -271,7 +323,7 @@ class Rewriter:
 
     def _added(self, kind: str, arguments: tuple[Any, ...], like: Line) -> int:
         shapes = [s for a in arguments if type(a) is Slot and (s := self.lines[a.number].shape) is not None]
-        shape, dtype = (torch.broadcast_shapes(*shapes), like.dtype) if shapes else (None, None)  # else: numbers
+        shape, dtype = (_broadcast(shapes), like.dtype) if shapes else (None, None)  # else: numbers
         self.lines.append(Line(kind, arguments, (), shape, dtype, True))
         return len(self.lines) - 1
 
@@ -283,7 +335,7 @@ class Rewriter:
         return self.lines[x.number].dtype if type(x) is Slot else None
 
     def _fuse(self) -> None:
-        """Products into the sums that alone use them, and ``(1 - z) u`` into ``u - z u``."""
+        """Products into the sums that alone use them, and ``(1 - c z) u`` into ``u - c z u``."""
         uses = self._uses()
         for k in self.order:
             line = self.lines[k]
@@ -291,6 +343,8 @@ class Rewriter:
                 continue
             if line.kind == "*":
                 self._fuse_complement(k, line, uses)
+            elif line.kind == "+" and _is_plain_number(line.arguments[1]):
+                self._turn_around(k, line, uses)
             elif line.kind in "+-" and all(type(a) is Slot for a in line.arguments):
                 first, second = line.arguments
                 fused = self._fused_sum(line, first, second, -1 if line.kind == "-" else 1, uses)
@@ -299,21 +353,32 @@ class Rewriter:
                 if fused is not None:
                     self.lines[k] = fused
 
+    def _turn_around(self, k: int, line: Line, uses: Counter[int]) -> None:
+        """``-x + c`` into ``c - x``."""
+        x, number = line.arguments
+        made = self.lines[x.number]
+        if (
+            made.kind == "*"
+            and uses[x.number] == 1
+            and _is_plain_number(made.arguments[1])
+            and made.arguments[1] == -1
+            and self._is_like(made.arguments[0], line)
+        ):
+            self.lines[k] = line._replace(kind="-", arguments=(number, made.arguments[0]))
+
     def _fuse_complement(self, k: int, line: Line, uses: Counter[int]) -> None:
         for complement, other in (line.arguments, line.arguments[::-1]):
             if type(complement) is not Slot or type(other) is not Slot or complement == other:
                 continue
             made = self.lines[complement.number]
-            if (
-                made.kind == "-"
-                and made.arguments[0] == 1
-                and type(made.arguments[0]) is not Slot
-                and uses[complement.number] <= 2
-                and self._is_like(other, line)
-                and self._is_like(made.arguments[1], line)
-            ):
-                z = made.arguments[1]
-                self.lines[k] = line._replace(kind="addcmul", arguments=(other, other, z, -1))
+            if made.kind != "-" or not _is_plain_number(made.arguments[0]) or made.arguments[0] != 1:
+                continue
+            z, factor = made.arguments[1], 1
+            product = self.lines[z.number]
+            if product.kind == "*" and uses[z.number] == 1 and _is_plain_number(product.arguments[1]):
+                z, factor = product.arguments
+            if uses[complement.number] <= 2 and self._is_like(other, line) and self._is_like(z, line):
+                self.lines[k] = line._replace(kind="addcmul", arguments=(other, other, z, -factor))
                 return
 
     def _fused_sum(self, line: Line, kept: Slot, product: Slot, sign: int, uses: Counter[int]) -> Line | None:
@@ -332,29 +397,61 @@ class Rewriter:
                 and inner.dtype is line.dtype
             ):
                 x, y = inner.arguments
-                if not self._is_number(y) and self._dtype(x) is self._dtype(y) is line.dtype:
+                if (
+                    not self._is_number(y)
+                    and self._dtype(x) is self._dtype(y) is line.dtype
+                    and self._is_fast(line, kept, x, y)
+                ):
                     return line._replace(kind="addcmul", arguments=(kept, x, y, b if sign == 1 else -b))
             if type(b) is Slot:
                 return line._replace(kind="add" if sign == 1 else "sub", arguments=(kept, a, b))
             return line._replace(kind="add", arguments=(kept, a, sign * b))
-        if self._dtype(a) is self._dtype(b) is line.dtype:
+        if self._dtype(a) is self._dtype(b) is line.dtype and self._is_fast(line, kept, a, b):
             return line._replace(kind="addcmul", arguments=(kept, a, b, sign))
         return None
+
+    def _is_fast(self, line: Line, *operands: Slot) -> bool:
+        """Whether addcmul is: not where several operands are alike along the last dimension, by five times."""
+        assert line.shape is not None
+        width = line.shape[-1:]
+        return width == (1,) or sum(self._shape(x)[-1:] != width for x in operands) < 2
+
+    def _shape(self, x: Slot) -> torch.Size:
+        shape = self.lines[x.number].shape
+        assert shape is not None
+        return shape
 
     def _is_number(self, x: Any) -> bool:
         return type(x) is not Slot or self.lines[x.number].shape is None
 
 
+def _is_plain_number(x: Any) -> bool:
+    return type(x) in (int, float)
+
+
+def _pieces(members: Sequence[int], most: int) -> list[Sequence[int]]:
+    """As few as possible, of about the same length, none longer than ``most``."""
+    count = -(-len(members) // most)
+    ends = [len(members) * i // count for i in range(count + 1)]
+    return [members[a:b] for a, b in pairwise(ends)]
+
+
+def _broadcast(shapes: Sequence[torch.Size]) -> torch.Size:
+    return shapes[0] if all(s == shapes[0] for s in shapes) else torch.broadcast_shapes(*shapes)
+
+
 def slots_of(line: Line) -> list[int]:
     """Numbers of the slots that a line reads."""
-    if line.kind == "input":
-        return []
     found: list[int] = []
-    stack = [*line.keywords, *reversed(line.arguments)]
-    while stack:
-        argument = stack.pop()
+    if line.kind != "input":
+        _collect(line.arguments, found)
+        _collect(line.keywords, found)
+    return found
+
+
+def _collect(arguments: Sequence[Any], found: list[int]) -> None:
+    for argument in arguments:
         if type(argument) is Slot:
             found.append(argument.number)
         elif type(argument) is tuple:
-            stack.extend(reversed(argument))
-    return found
+            _collect(argument, found)

@@ -9,7 +9,9 @@ the graph's *signature*. What is kept are positions, flags, rules and code, and 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import repeat
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from hesscale_lightning.curvature.complex_numbers import takes_complex
@@ -87,6 +89,7 @@ class Structure:
         match: ``match(root, wanted)`` returns what was met, or None for a graph of another structure.
         fetches: What the programs take from a graph, by name, in that order.
         conditions: What makes up the signature, beside shapes and dtypes of what is fetched.
+        prepares: By position, what rules prepare from a node, as far as it is asked for.
         leaves: Positions of the wanted leaves.
         narrow: The last position up to which backward passes one node at a time.
         follower: The structure that was met after this one.
@@ -97,6 +100,7 @@ class Structure:
         self.match: Callable[..., Met | None] | None = None
         self.fetches: dict[Any, tuple[Ask, str]] = {}
         self.conditions: dict[Ask, None] = {}
+        self.prepares: dict[int, Callable[[Node], Any]] = {}
         self.leaves: list[int] = []
         self.narrow = 0
         self.follower: Structure | None = None
@@ -115,23 +119,27 @@ class Structure:
     def signature(self, facts: Mapping[Any, tuple[Any, ...]]) -> tuple[Any, ...] | None:
         """The signature of a graph of which so much is known; None if that is not enough."""
         columns = self._columns()
-        if any(column not in facts for column in columns):
+        if any(asked not in facts for asked, _ in columns):
             return None
-        return tuple([value for column in columns for value in facts[column]])
+        return tuple([facts[asked][i] for asked, i in columns])
 
     def facts(self, signature: tuple[Any, ...]) -> dict[Any, tuple[Any, ...]]:
         """What a signature says, by what it was asked for."""
-        values = iter(signature)
-        widths = {key: 1 if how == "number" else 2 for key, (_, how) in self.fetches.items()}
-        return {column: tuple([next(values) for _ in range(widths.get(column, 1))]) for column in self._columns()}
+        facts: dict[Any, tuple[Any, ...]] = {}
+        for (asked, _), value in zip(self._columns(), signature, strict=True):
+            facts[asked] = (*facts.get(asked, ()), value)
+        return facts
 
-    def _columns(self) -> list[Any]:
-        """What the signature consists of: names of fetched tensors, with shape and dtype, and conditions."""
-        return [*[key for key, (_, how) in self.fetches.items() if how != "object"], *self.conditions]
+    def _columns(self) -> list[tuple[Any, int]]:
+        """What the signature consists of, in its order: parts of what is known of a fetched tensor or a condition."""
+        tensors = [key for key, (_, how) in self.fetches.items() if how in _TENSORS]
+        numbers = [key for key, (_, how) in self.fetches.items() if how == "number"]
+        conditions = [ask for group in _alike(self.conditions).values() for ask in group]
+        return [(key, i) for i in (0, 1) for key in tensors] + [(key, 0) for key in [*numbers, *conditions]]
 
     def forget(self) -> None:
         """Drops all that was made."""
-        self.conditions, self.fetches, self.match = {}, {}, None
+        self.conditions, self.fetches, self.prepares, self.match = {}, {}, {}, None
         self._variants.clear()
 
     def learn(self, conditions: Mapping[Ask, Any], fetches: Mapping[Any, tuple[Ask, str]]) -> bool:
@@ -145,14 +153,26 @@ class Structure:
         self._variants.clear()
         return True
 
-    def write(self, found: Trace, slots: Mapping[Node, int], wants_all: bool, prepares: Mapping[int, Any]) -> None:
+    def write(self, found: Trace, slots: Mapping[Node, int], wants_all: bool) -> None:
         """Writes ``match`` for graphs like ``found``."""
         self.leaves = [slots[n] for n in found.nodes if type(n) is AccumulateGrad]
         self.narrow = _narrow(found)
         writer = _MatchWriter(found, slots, wants_all)
-        self.source, namespace = writer.written(list(self.conditions), list(self.fetches.values()), prepares)
+        self.source, namespace = writer.written(list(self.conditions), list(self.fetches.values()), self.prepares)
         exec(self.source, namespace)  # made of slots and of names that nodes have
         self.match = namespace["match"]
+
+
+#: Kinds of what is fetched of which shape and dtype belong to the signature.
+_TENSORS = ("tensor", "leaf")
+
+
+def _alike(asks: Iterable[Ask]) -> dict[str, list[Ask]]:
+    """By expression."""
+    groups: dict[str, list[Ask]] = {}
+    for ask in asks:
+        groups.setdefault(ask.expression, []).append(ask)
+    return groups
 
 
 def _narrow(found: Trace) -> int:
@@ -287,18 +307,27 @@ class _MatchWriter:
             unpacked = f"({', '.join(parts)},)" if parts else "[]"
             lines.append(f"{unpacked} = n{self._slots[node]}.next_functions")
             lines += after
-        outputs = [pair for pair in same if pair[1].isdigit() or pair[1] == "None"]
-        objects = [pair for pair in same if pair not in outputs]
-        lines.append(f"if ({''.join(f'type({n}), ' for n in names)}) != TYPES: return None")
+        outputs: list[tuple[str, str]] = []
+        objects: list[tuple[str, str]] = []
+        for pair in same:
+            (outputs if pair[1].isdigit() or pair[1] == "None" else objects).append(pair)
+        lines.append(f"if (*map(type, {_tuple(names)}),) != TYPES: return None")
         if outputs:
-            left, right = "".join(f"{a}, " for a, _ in outputs), "".join(f"{b}, " for _, b in outputs)
-            lines.append(f"if ({left}) != ({right}): return None")
-        lines += [f"if {a} is not {b}: return None" for a, b in objects]
-        lines += [f"if {n}.name() != {name!r}: return None" for n, name in kinds]
+            lines.append(f"if {_tuple(a for a, _ in outputs)} != {_tuple(b for _, b in outputs)}: return None")
+        alike = [f"{a} is {b}" for a, b in objects] + [f"{n}.name() == {name!r}" for n, name in kinds]
+        if alike:  # in one expression, which takes less time to compile
+            lines.append(f"if not ({' and '.join(alike)}): return None")
         slots = sorted(self._slots.values())
         lines.append(f"if len({{{', '.join(f'n{s}' for s in slots)}}}) != {len(slots)}: return None")
         namespace: dict[str, Any] = {
             "TYPES": tuple(types),
+            "INPUTS": attrgetter("_input_metadata"),
+            "FIRST": itemgetter(0),
+            "SHAPE": attrgetter("shape"),
+            "DTYPE": attrgetter("dtype"),
+            "EACH_SHAPE": repeat("shape"),
+            "EACH_DTYPE": repeat("dtype"),
+            "EACH_FALSE": repeat(False),
             "input_shape": input_shape,
             "input_meta": input_meta,
             "hashable": hashable,
@@ -308,8 +337,8 @@ class _MatchWriter:
         }
         lines += self._leaves()
         lines += self._collected(conditions, fetches, prepares, namespace)
-        wanted = "".join(f"n{k}, " for k in range(len(self._found.nodes)))
-        lines.append(f"return ({wanted}), saved, signature")
+        wanted = _tuple(f"n{k}" for k in range(len(self._found.nodes)))
+        lines.append(f"return {wanted}, saved, signature")
         body = "\n        ".join(lines)
         source = (
             "def match(n0, wanted):\n"
@@ -347,25 +376,63 @@ class _MatchWriter:
         for position, prepare in prepares.items():
             namespace[f"prepare{position}"] = prepare
             lines.append(f"p{position} = prepare{position}(n{position})")
-        values, signed = [], []
+        tensors, numbers, plain = [], [], []
         for k, (ask, how) in enumerate(fetches):
-            text = _asked(ask)
             if how == "number":
-                text = f"as_number({text})"
-            lines.append(f"s{k} = {text}")
-            values.append(f"s{k}")
-            if how == "number":
-                signed.append(f"s{k} is None")
-            elif how != "object":
-                signed.append(f"s{k} is not None and s{k}.shape, s{k} is not None and s{k}.dtype")
-        texts = [_asked(a) for a in conditions]
-        for position in dict.fromkeys(a.position for a in conditions if "{n}._input_metadata" in a.expression):
-            lines.append(f"i{position} = n{position}._input_metadata")
-            texts = [text.replace(f"n{position}._input_metadata", f"i{position}") for text in texts]
-        signed += texts
-        lines.append(f"saved = [{', '.join(values)}]")
-        lines.append(f"signature = ({''.join(part + ', ' for part in signed)})")
+                lines.append(f"s{k} = as_number({_asked(ask)})")
+                numbers.append(f"s{k} is None")
+            elif ask.expression.removeprefix("{n}.").isidentifier():
+                plain.append(Ask(k, ask.expression))
+            else:
+                lines.append(f"s{k} = {_asked(ask)}")
+            if how in _TENSORS:
+                tensors.append(f"s{k}")
+        for expression, places in _alike(plain).items():
+            at = [fetches[place.position][0].position for place in places]
+            lines.append(self._each([f"s{place.position}" for place in places], expression, at, namespace))
+        signed = []
+        if tensors:  # of each the shape and the dtype; False where nothing was saved
+            lines.append(f"tensors = {_tuple(tensors)}")
+            signed += [f"*map(getattr, tensors, EACH_{what}, EACH_FALSE)" for what in ("SHAPE", "DTYPE")]
+        signed += numbers
+        groups = _alike(conditions)
+        described = sorted({ask.position for e, asks in groups.items() for ask in asks if e in _OF_FIRST})
+        if described:  # fetched once for all that is asked of it
+            inputs = f"map(FIRST, map(INPUTS, {_tuple(f'n{k}' for k in described)}))"
+            lines.append(f"{_tuple(f'i{k}' for k in described)} = {inputs}")
+        for expression, asks in groups.items():
+            if expression in _OF_FIRST:
+                each = _tuple(f"i{ask.position}" for ask in asks)
+                signed.append(_OF_FIRST[expression].format(each))
+            else:
+                signed += [_asked(ask) for ask in asks]
+        lines.append(f"saved = [{', '.join(f's{k}' for k in range(len(fetches)))}]")
+        lines.append(f"signature = {_tuple(signed)}")
         return lines
+
+    def _each(self, names: Sequence[str], expression: str, at: Sequence[int], namespace: dict[str, Any]) -> str:
+        """An assignment of what nodes have saved; of many nodes in one, which takes less time to compile."""
+        if len(names) < _MANY:
+            return "; ".join(f"{name} = {_asked(Ask(k, expression))}" for name, k in zip(names, at, strict=True))
+        name = expression.removeprefix("{n}.")
+        getter = f"GET_{name}"
+        namespace[getter] = attrgetter(name)
+        return f"{_tuple(names)} = map({getter}, {_tuple(f'n{k}' for k in at)})"
+
+
+#: How many nodes of which the same is read make it worth to read them in one expression.
+_MANY = 4
+
+#: What is asked of what is known of a node's first output, for many nodes.
+_OF_FIRST = {
+    "tuple({n}._input_metadata[0].shape)": "*map(tuple, map(SHAPE, {0}))",
+    "{n}._input_metadata[0].dtype": "*map(DTYPE, {0})",
+}
+
+
+def _tuple(parts: Iterable[str]) -> str:
+    """Source of a tuple."""
+    return f"({''.join(f'{part}, ' for part in parts)})"
 
 
 def _asked(ask: Ask) -> str:

@@ -145,6 +145,7 @@ VARIANTS: dict[str, Variant] = {
     # in place
     "first row": all_of(lambda a, b: end(_put(a, b, 0))),
     "second row": all_of(lambda a, b: end(_put(a, b, 1))),
+    "row without curvature": all_of(lambda a, b: end(a) + _row(2 * a, b).sum()),
 }  # fmt: skip
 
 
@@ -153,6 +154,11 @@ def _put(a: Tensor, b: Tensor, at: int) -> Tensor:
     y = y + y
     y[at] = b[0]
     return y * y
+
+
+def _row(y: Tensor, b: Tensor) -> Tensor:
+    y[0] = b[0]
+    return y
 
 
 def fresh() -> list[Tensor]:
@@ -216,6 +222,39 @@ def test_growing_and_shrinking_graphs() -> None:
             loss = layers(torch.ones(3, 2).double(), *chain)
         for got, e in zip(diagonals(loss, weights, "hesscale"), recording.curvature(loss, weights), strict=True):
             agree(got, e, f"depth {depth}")
+
+
+@pytest.mark.parametrize("uses", [3, 4, 8, 9, 20])
+def test_weight_and_bias_of_many_uses(uses: int) -> None:
+    """Their products are stacked, a few at a time."""
+    engine._structures.clear()
+    engine._structures.patience = 0
+    w, b, x = fresh()[:3]
+    for step in range(1, 4):  # by the rules, by the program that is written then, and by it alone
+        with Recording() as recording:
+            y = x.detach()
+            for _ in range(uses):
+                y = F.linear(y, w, b[0]).tanh()
+            loss = end(y)
+        expected = recording.curvature(loss, [w, b])
+        for got, e in zip(diagonals(loss, [w, b], "hesscale"), expected, strict=True):
+            agree(got, e, f"step {step}")
+
+
+def test_a_program_keeps_no_gradient_that_it_has_read() -> None:
+    engine._structures.clear()
+    width = 512  # so that the program goes on while backward runs
+    model = torch.nn.Sequential(*[m for _ in range(8) for m in (torch.nn.Linear(width, width), torch.nn.Tanh())])
+    attach(first := end(model(torch.ones(256, width))))
+    first.backward()
+    loss = end(model(torch.ones(256, width)))
+    attachment = attach(loss)
+    assert isinstance(attachment, CompiledPass)
+    kept: list[bool] = []  # when the first layer's gradient is there, which comes last
+    grads = attachment._grads
+    model[0].weight.register_hook(lambda _: kept.extend(isinstance(g, tuple) for g in grads))
+    loss.backward()
+    assert kept == [False] * len(grads) != []
 
 
 def test_branches_taken_by_the_data() -> None:

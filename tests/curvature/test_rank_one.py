@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hesscale_lightning import DigitsDataModule
 from hesscale_lightning.curvature import backward, coverage, exact_hess_diag
+from hesscale_lightning.curvature.rank_one import per_sample
 from tests.curvature.models import MODELS, Model
 
 Act = Callable[[], nn.Module]
@@ -124,6 +125,32 @@ def test_weight_that_a_sample_uses_several_times_is_exact_by_gradients_of_single
     plain, refined = errors(module, lambda: F.cross_entropy(module(x), T))
     assert refined <= 1e-12
     assert plain > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "settings"),
+    [
+        ((5, 3, 9, 8), (4, 3, 3, 2), ((2, 1), (1, 0), (1, 2))),
+        ((5, 3, 7, 7), (2, 3, 1, 1), ((2, 2), (0, 0), (1, 1))),
+        ((5, 3, 9), (4, 3, 3), ((2,), (1,), (2,))),
+    ],
+    ids=["two dimensions", "one by one", "one dimension"],
+)
+def test_kernel_gets_the_squares_of_the_gradients_of_single_samples(
+    shape: tuple[int, ...], kernel: tuple[int, ...], settings: tuple[tuple[int, ...], ...], monkeypatch: Any
+) -> None:
+    """In each of the two ways to compute them, and of the first not all samples at once."""
+    torch.manual_seed(0)
+    x, w, c = (torch.randn(size, dtype=torch.float64) for size in (shape, kernel, (5, 1)))
+    w.requires_grad_()
+    y = (F.conv1d if len(kernel) == 3 else F.conv2d)(x, w, None, *settings)
+    g = torch.randn_like(y)
+    single = [torch.autograd.grad((y[b] * g[b]).sum(), w, retain_graph=True)[0] for b in range(5)]
+    exact = sum(c[b] * single[b].square() for b in range(5))
+    monkeypatch.setattr(per_sample, "_MOST_AT_ONCE", 2 * w.numel())
+    torch.testing.assert_close(per_sample.of_kernel(c, g, x, kernel, *settings), exact)
+    by_patches = per_sample._by_patches(g, x, kernel[2:], *settings)
+    torch.testing.assert_close(by_patches.view(5, *kernel), torch.stack(single))
 
 
 def test_last_three_linear_layers_of_a_curved_network_are_exact() -> None:

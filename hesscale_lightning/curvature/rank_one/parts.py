@@ -8,6 +8,7 @@ from hesscale_lightning.curvature.values import ZERO, Value
 
 _EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
 _TINY = torch.finfo(torch.float32).tiny
+_threshold_backward = torch.ops.aten.threshold_backward.default  # its first argument where the second exceeds a number
 
 #: How many units of rounding a difference of two equal sums over classes may be off by.
 _ROUNDING = 32
@@ -108,7 +109,7 @@ class SoftmaxHead:
             along = self.others @ weight
             rest = first - along * along * scale
             # It has the sign of the first term and vanishes for two classes: what rounding leaves there is none.
-            rest = rest.where(rest / first > _ROUNDING * _EPS[first.dtype], 0.0)
+            rest = _threshold_backward(rest, rest / first, _ROUNDING * _EPS[first.dtype])
         else:
             mean, along = self.p @ weight, g @ weight
             rest = self.p @ square - mean * mean

@@ -6,15 +6,23 @@ for squares can do. It takes one matrix product for each sample, as large togeth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from hesscale_lightning.curvature.values import Value
+from hesscale_lightning.curvature.values import Value, opaque
+
+_convolution_backward = torch.ops.aten.convolution_backward.default
 
 #: Most numbers in the gradients of all samples, for each number in the layer's input and output. The gradients are
 #: written once and read twice, so they must be outweighed by the products that they are sums of.
 _MOST_NUMBERS = 4
+
+#: Most numbers in the gradients of a kernel that are computed at once on the CPU: few enough for its cache.
+_MOST_AT_ONCE = 2**19
 
 
 def pays(samples: int, positions: int, outputs: int, inputs: int) -> bool:
@@ -56,20 +64,21 @@ def of_weight(c: Value, g: Value, a: Value) -> Value:
     return (c.mT @ gradients.reshape(len(c), -1)).view(g.shape[2], a.shape[2])
 
 
-def of_bias(c: Value, g: Value) -> Value:
-    """``sum_b c_b (sum_t g_bt)^2``; arguments as for :func:`of_weight`."""
-    return (c.mT @ g.sum(1).square()).view(-1)
+def of_bias(c: Value, g: Value, dim: int = 1) -> Value:
+    """``sum_b c_b (sum_t g_bt)^2``; arguments as for :func:`of_weight`, with the positions along ``dim``."""
+    return (c.mT @ g.sum(dim).square()).view(-1)
 
 
+@opaque
 def of_kernel(
-    c: Value,
-    g: Value,
-    x: Value,
+    c: Tensor,
+    g: Tensor,
+    x: Tensor,
     kernel: tuple[int, ...],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Value:
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> Tensor:
     """As :func:`of_weight`, for the kernel of a convolution over one or two dimensions.
 
     Args:
@@ -81,10 +90,41 @@ def of_kernel(
         padding: Likewise.
         dilation: Likewise.
     """
-    size = kernel[2:]
+    if x.device.type != "cpu":
+        gradients = _by_patches(g, x, kernel[2:], stride, padding, dilation)
+        return c.mT.mm(gradients.square_()).view(kernel)
+    at_once = max(1, _MOST_AT_ONCE // math.prod(kernel))
+    total = x.new_zeros(1, math.prod(kernel))
+    for start in range(0, len(x), at_once):
+        some = slice(start, start + at_once)
+        gradients = _by_groups(g[some], x[some], kernel, stride, padding, dilation)
+        total.addmm_(c[some].mT, gradients.square_())
+    return total.view(kernel)
+
+
+def _by_groups(
+    g: Tensor, x: Tensor, kernel: tuple[int, ...], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """The kernel's gradient in each sample, a row each: samples are groups of channels of one convolution.
+
+    On the CPU its backward is several times faster than products of matrices, for which the input is unfolded.
+    """
+    samples, outputs = g.shape[:2]
+    kernels = x.new_empty(samples * outputs, *kernel[1:])
+    g, x = (t.reshape(1, -1, *t.shape[2:]) for t in (g, x))
+    settings = stride, padding, dilation, False, (0,) * len(stride), samples
+    gradient: Tensor = _convolution_backward(g, x, kernels, None, *settings, (False, True, False))[1]
+    return gradient.reshape(samples, -1)
+
+
+def _by_patches(
+    g: Tensor, x: Tensor, size: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> Tensor:  # fmt: skip
+    """The same by one batched product with the unfolded input."""
     if len(size) == 1:
         x, size = x.unsqueeze(2), (1, *size)
         stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
-    patches = F.unfold(x, size, dilation=tuple(dilation), padding=tuple(padding), stride=tuple(stride))
-    gradients = (g.flatten(2) @ patches.mT).square()
-    return (c.mT @ gradients.reshape(len(c), -1)).view(kernel)
+    patches = F.unfold(x, size, dilation=dilation, padding=padding, stride=stride)
+    return g.flatten(2).bmm(patches.mT).flatten(1)

@@ -290,5 +290,5 @@ def convolution(carry: Carry, ops: Sequence[Operation], met: Met, g: Value, h: V
         kernel = tuple(op.input_shape(1))
         h_kernel = h_kernel + per_sample.of_kernel(part.c, g, op.input(0, "input"), kernel, *settings)
     if need_bias:
-        h_bias = h_bias + per_sample.of_bias(part.c, g.flatten(2).mT)
+        h_bias = h_bias + per_sample.of_bias(part.c, g.flatten(2), -1)
     return h_x, h_kernel, h_bias
