@@ -129,3 +129,29 @@ def test_gauss_newton_ends_at_a_source() -> None:
 def test_a_curvature_that_is_no_tensor_is_refused(curvature: object) -> None:
     with pytest.raises(TypeError, match=f"curvature must be a tensor, got {type(curvature).__name__}"):
         with_curvature(torch.ones(2, requires_grad=True), curvature)
+
+
+class Both(torch.autograd.Function):
+    """Two outputs of one input, and curvature of its own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * 2, x * 3
+
+    @staticmethod
+    def backward(ctx, a, b):
+        return 2 * a + 3 * b
+
+
+@register_rule("BothBackward", multi_output=True)
+def both(op):
+    return op.tensor(0)
+
+
+@pytest.mark.parametrize("used", [(True, True), (True, False), (False, True)])
+def test_a_source_may_have_several_outputs(used: tuple[bool, bool]) -> None:
+    for _ in range(4):
+        w = torch.tensor([1.0, 2.0], requires_grad=True)
+        backward(sum((y**2).sum() for y, use in zip(Both.apply(w), used, strict=True) if use), [w])
+        assert w.hess_diag.tolist() == [1.0, 2.0]
