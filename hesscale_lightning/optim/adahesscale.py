@@ -188,7 +188,9 @@ class AdaHesScale(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group; options it does not set are the optimizer's defaults."""
-        check_options({**self.defaults, **param_group})
+        options = {**self.defaults, **param_group}
+        check_options(options)
+        self._regions.check(options, param_group.get("radius", self._radius))
         radius = param_group.pop("radius", self._radius)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
