@@ -115,6 +115,26 @@ def test_the_learning_rate_is_the_fraction_of_the_step_that_fits() -> None:
     assert moves[0.5] == pytest.approx(1e-3 / 4)
 
 
+def test_weight_decay_is_no_part_of_what_is_measured() -> None:
+    """A decay that moves farther than the region allows would take all of it, and the calibration would never end."""
+    problem, other = Problem(), Problem()
+    decayed = adahesscale(problem, 1e-6, CalibratedRadius(problem.measure), weight_decay=0.1)
+    plain = adahesscale(other, 1e-6, CalibratedRadius(other.measure))
+    for p in problem.params:
+        p.data.fill_(2.0)
+    for _ in range(40):
+        before = [p.detach().clone() for p in problem.params]
+        for p, value in zip(other.params, before, strict=True):
+            p.data.copy_(value)
+        problem.deliver()
+        other.deliver()
+        decayed.step()
+        plain.step()
+        for p, q, value in zip(problem.params, other.params, before, strict=True):
+            torch.testing.assert_close(p.detach(), q.detach() - 0.1 * value, rtol=1e-12, atol=1e-12)
+    assert decayed.stats["calibration"] == pytest.approx(20)
+
+
 def test_a_step_that_fits_is_left_alone() -> None:
     problem, plain = Problem(), Problem()
     measured = adahesscale(problem, 1e12, CalibratedRadius(problem.measure))
