@@ -112,6 +112,8 @@ class HesScaleMixin(BasePolicy):
             "features": {**resolved.features, **self._user_options["features"]},
         }
         if radius == "kl":
+            if not self._peak_rate > 0:  # a _build of its own has not read the schedule
+                self._peak_rate = float(self.optimizer.param_groups[0]["lr"])
             self.policy_radius = PolicyRadius(self)
         self._group_by_network(families[radius])
         self.seam = LossSeam(self, method)
@@ -291,11 +293,11 @@ class HesScaleActorCriticMixin(HesScaleMixin):
 
     def evaluate_actions(self, *args: Any, **kwargs: Any) -> Any:
         """As the policy's own; the values are tagged, or what goes with them if the critic is frozen."""
+        evaluate = super().evaluate_actions  # type: ignore[misc]
         if self.policy_radius is None or not torch.is_grad_enabled():
-            values, *others = super().evaluate_actions(*args, **kwargs)  # type: ignore[misc]
+            values, *others = evaluate(*args, **kwargs)
         else:
-            with self.policy_radius.watching(args, kwargs):
-                values, *others = super().evaluate_actions(*args, **kwargs)  # type: ignore[misc]
+            values, *others = self.policy_radius.evaluate(evaluate, args, kwargs)
         if values.requires_grad:  # one tag is enough, and each makes the operations after it dearer
             return self.seam.tag(values), *others
         return values, *(self.seam.tag(output) for output in others)

@@ -20,8 +20,8 @@ the values if it is quadratic, as the mean squared error is; the scale of the re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,34 +34,44 @@ from hesscale_lightning.optim.radius import CalibratedRadius, average_unit
 _MASKED = -1e8  # as sb3-contrib's distributions set the logits of actions that are not allowed
 
 
-class ValueNote:
-    """What backward has delivered at the values: the critic's loss, and the curvature there.
+class Evaluation:
+    """One evaluation of actions for a loss: how to repeat it, what it gave, and what backward delivered at its values.
+
+    Args:
+        radius: Whose it is.
+        repeat: Evaluates the same actions once more.
+        masks: The actions that are allowed, where there are such masks.
 
     Attributes:
-        loss: ``sum g^2 / (2 h)``, a scalar tensor; None before the first backward.
+        before: Parameters of the distribution of actions.
+        values: The output of ``value_net``.
+        loss: The critic's loss, ``sum g^2 / (2 h)``, a scalar tensor; None before backward.
         curvature: h.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, radius: PolicyRadius, repeat: Callable[[], Any], masks: Tensor | None) -> None:
+        self.radius = radius
+        self.repeat = repeat
+        self.masks = masks
+        self.before: list[tuple[Tensor, ...]] | None = None
+        self.values: Tensor | None = None
         self.loss: Tensor | None = None
         self.curvature: Tensor | None = None
 
     def take(self, g: Tensor, h: Tensor) -> None:
-        """Notes the gradient and curvature of one minibatch."""
+        """Notes the gradient and curvature of one minibatch; of several evaluations this is now the one to measure."""
         self.loss = torch.where(h > 0, g * g / (2 * h), 0.0).sum()
         self.curvature = h.clone()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"loss": None, "curvature": None}
+        self.radius.measure_on(self)
 
 
 class ValueProbe(torch.autograd.Function):
     """The identity; its rule takes down what passes."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, note: ValueNote) -> Tensor:
+    def forward(ctx: Any, values: Tensor, evaluation: Evaluation) -> Tensor:
         """Returns the values."""
-        ctx.note = note
+        ctx.evaluation = evaluation
         return values.view_as(values)
 
     @staticmethod
@@ -70,16 +80,16 @@ class ValueProbe(torch.autograd.Function):
         return grads[0], None
 
 
-@register_rule("ValueProbeBackward", prepare=lambda op: op.node.note)
+@register_rule("ValueProbeBackward", prepare=lambda op: op.node.evaluation)
 def value_probe(op: Operation, g: Any, h: Any) -> Any:
     """``y = x``, and a note of g and h."""
     return _noted(op.prepared, g, h)
 
 
 @opaque
-def _noted(note: ValueNote, g: Tensor | None, h: Tensor | None) -> Tensor | None:
+def _noted(evaluation: Evaluation, g: Tensor | None, h: Tensor | None) -> Tensor | None:
     if g is not None and h is not None:
-        note.take(g, h)
+        evaluation.take(g, h)
     return None if h is None else h.clone()
 
 
@@ -98,39 +108,46 @@ class PolicyRadius:
         if refused:
             raise ValueError(f'radius="kl" {refused}; pass radius="loss"')
         self.policy = policy
-        self.note = ValueNote()
-        self._masks: Tensor | None = None
         self._forget()
         policy.action_net.register_forward_hook(_ActionHook(self))
         policy.value_net.register_forward_hook(_ValueHook(self))
 
     def _forget(self) -> None:
-        self._watching = False
-        self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self._before: list[tuple[Tensor, ...]] | None = None
-        self._values: Tensor | None = None
+        self._watched: Evaluation | None = None  # for a loss, under way
+        self._of_step: Evaluation | None = None
+        self._measuring = False
+        self._values: Tensor | None = None  # while measuring
         self._measured: tuple[float | None, float | None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"policy": self.policy, "note": self.note}
+        return {"policy": self.policy}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._masks = None
         self._forget()
 
-    @contextmanager
-    def watching(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        """While the policy evaluates actions for a loss: gives the Fisher information, and remembers the outputs."""
-        self._forget()
-        self._masks = kwargs.get("action_masks", args[2] if len(args) > 2 else None) if self._can_mask() else None
-        self._watching = True
+    def evaluate(self, evaluate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Evaluates actions for a loss: gives the Fisher information, and remembers the outputs.
+
+        Args:
+            evaluate: ``evaluate_actions`` of the policy's base class: an override may change what it is asked with.
+            args: Its arguments.
+            kwargs: Its keyword arguments.
+        """
+        masks = kwargs.get("action_masks", args[2] if len(args) > 2 else None) if self._can_mask() else None
+        evaluation = self._watched = Evaluation(self, partial(evaluate, *args, **kwargs), masks)
         try:
-            yield
+            outputs = evaluation.repeat()
         finally:
-            self._watching = False
-        self._call = args, kwargs
-        self._before = parameters_of(self.policy.action_dist)
+            self._watched = None
+        evaluation.before = parameters_of(self.policy.action_dist)
+        self.measure_on(evaluation)
+        return outputs
+
+    def measure_on(self, evaluation: Evaluation) -> None:
+        """The next step will be measured by repeating this evaluation."""
+        self._of_step = evaluation
+        self._measured = None
 
     def _can_mask(self) -> bool:
         return hasattr(self.policy.action_dist, "apply_masking")
@@ -138,19 +155,19 @@ class PolicyRadius:
     @property
     def gives_log_std(self) -> bool:
         """Whether actions are being evaluated for a loss, and their distribution has a ``log_std``."""
-        return self._watching and isinstance(self.policy.action_space, spaces.Box)
+        return self._watched is not None and isinstance(self.policy.action_space, spaces.Box)
 
     def log_std(self) -> Tensor:
         """The policy's ``log_std`` with its Fisher information, for a Gaussian without gSDE."""
         log_std: Tensor = self.policy.log_std
-        if not self._watching or not log_std.requires_grad:
+        if self._watched is None or not log_std.requires_grad:
             return log_std
         return with_curvature(log_std, log_std.new_full((), 2.0))
 
     def log_std_of_gsde(self, latent: Tensor) -> Tensor:
         """The same with gSDE, whose variance is ``latent^2 @ std^2``."""
         log_std: Tensor = self.policy.log_std
-        if not self._watching or not log_std.requires_grad:
+        if self._watched is None or not log_std.requires_grad:
             return log_std
         with torch.no_grad():
             dist = self.policy.action_dist
@@ -182,8 +199,8 @@ class PolicyRadius:
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         space: Any = self.policy.action_space
-        if self._masks is not None:
-            masks = torch.as_tensor(self._masks, dtype=torch.bool, device=logits.device).reshape(logits.shape)
+        if self._watched is not None and self._watched.masks is not None:
+            masks = torch.as_tensor(self._watched.masks, dtype=torch.bool, device=logits.device).reshape(logits.shape)
             logits = logits.masked_fill(~masks, _MASKED)
         if isinstance(space, spaces.Discrete):
             return logits.softmax(-1)
@@ -198,15 +215,20 @@ class PolicyRadius:
     def _measure(self) -> tuple[float | None, float | None]:
         """KL divergence and change of the critic's loss that the latest step has made; evaluated once per step."""
         if self._measured is None:
-            if self._call is None or self._before is None:
+            evaluation = self._of_step
+            if evaluation is None or evaluation.before is None:
                 return None, None
-            args, kwargs = self._call
-            values = self.policy.evaluate_actions(*args, **kwargs)[0]
-            divergence = float(kl_divergence(self._before, parameters_of(self.policy.action_dist)))
+            self._measuring = True
+            try:
+                evaluation.repeat()
+            finally:
+                self._measuring = False
+                values, self._values = self._values, None
+            divergence = float(kl_divergence(evaluation.before, parameters_of(self.policy.action_dist)))
             change = None
-            if self._values is not None and self.note.curvature is not None:
-                moved = values.reshape(-1) - self._values.reshape(-1)
-                change = float((self.note.curvature.reshape(-1) * moved.square()).sum() / 2)
+            if evaluation.values is not None and evaluation.curvature is not None and values is not None:
+                moved = values - evaluation.values
+                change = float((evaluation.curvature.reshape(values.shape) * moved.square()).sum() / 2)
             self._measured = divergence, change
         return self._measured
 
@@ -232,8 +254,9 @@ class PolicyRadius:
         return max(ratios, default=None)
 
     def loss(self) -> float:
-        """The critic's loss on the latest minibatch; not a number before the first."""
-        return float("nan") if self.note.loss is None else float(self.note.loss)
+        """The critic's loss on the latest minibatch; not a number where it has none."""
+        loss = None if self._of_step is None else self._of_step.loss
+        return float("nan") if loss is None else float(loss)
 
     def of_network(self, network: str, full_rate: float = 1.0) -> CalibratedRadius:
         """What ``delta`` is measured in for "actor", "critic" or "features"."""
@@ -251,7 +274,7 @@ class _ActionHook:
         self.radius = radius
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if not self.radius._watching or not output.requires_grad:
+        if self.radius._watched is None or not output.requires_grad:
             return None
         return with_curvature(output, self.radius.information(output.detach(), args[0].detach()))
 
@@ -263,10 +286,13 @@ class _ValueHook:
         self.radius = radius
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if not self.radius._watching or not output.requires_grad:
+        radius = self.radius
+        if radius._measuring:
+            radius._values = output.detach()
+        if radius._watched is None or not output.requires_grad:
             return None
-        self.radius._values = output.detach()
-        result: Tensor = ValueProbe.apply(output, self.radius.note)
+        radius._watched.values = output.detach()
+        result: Tensor = ValueProbe.apply(output, radius._watched)
         return result
 
 
@@ -276,16 +302,22 @@ def why_not(policy: Any) -> str:
         if not hasattr(policy, name):
             return f"needs a policy with {name}, which {type(policy).__name__} has not"
     space = policy.action_space
+    if isinstance(space, spaces.Box) and not hasattr(policy, "log_std"):
+        return f"needs a policy with log_std, which {type(policy).__name__} has not"
     if not isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
         return f"does not know the Fisher information of actions in {space}"
     return ""
 
 
 def parameters_of(dist: Any) -> list[tuple[Tensor, ...]]:
-    """Parameters of an SB3 distribution, detached: (mean, std), (logits of a softmax,), or (logits of bits, None)."""
+    """Parameters of an SB3 distribution, detached: (mean, std), (logits of a softmax,), or (logits of bits, None).
+
+    Raises:
+        TypeError: If it is of another kind.
+    """
     found = getattr(dist, "distribution", None)
     if found is None:
-        found = dist.distributions
+        found = getattr(dist, "distributions", None)
     parts: Sequence[Any] = found if isinstance(found, (list, tuple)) else [found]
     made: list[tuple[Any, ...]] = []
     for part in parts:
@@ -293,8 +325,14 @@ def parameters_of(dist: Any) -> list[tuple[Tensor, ...]]:
             made.append((part.loc.detach(), part.scale.detach()))
         elif isinstance(part, torch.distributions.Bernoulli):
             made.append((part.logits.detach(), None))
-        else:
+        elif isinstance(part, torch.distributions.Categorical):
             made.append((part.logits.detach(),))
+        else:
+            raise TypeError(
+                f'radius="kl" does not know the KL divergence of {type(dist).__name__}, which is made of '
+                f"{type(part).__name__}: it knows Normal, Categorical and Bernoulli of torch.distributions, as the "
+                'policy\'s action_dist has them after evaluate_actions; pass radius="loss"'
+            )
     return made
 
 

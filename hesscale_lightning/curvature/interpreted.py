@@ -105,10 +105,8 @@ class InterpretedPass(Attachment):
         step = self._steps[k]
         self._waiting -= 1
         g, h = self._gradient(step, grads), self._curvature(step)
-        if step.outputs is None:
-            if g is ZERO and h is ZERO and not step.rule.source:
-                return
-        elif all(part is ZERO for part in (*g, *h)):
+        arriving = (g, h) if step.outputs is None else (*g, *h)
+        if all(part is ZERO for part in arriving) and not step.rule.source:
             return
         try:
             if self._recording is None:

@@ -256,7 +256,7 @@ def _rule_for(root: Node, node: Node) -> Rule:
 
 
 def _inside_network(found: Trace, rules: list[Rule | None]) -> list[bool]:
-    """For each node, whether a parameterised operation lies between it and the loss."""
+    """For each node, whether a parameterised operation, or a source, lies between it and the loss."""
     nodes, index, edges = found.nodes, found.index, found.edges
     below = [[index[child] for child, _, _ in edges[node] if index[child] >= 0] for node in nodes]
     parameter = [False] * len(nodes)  # a wanted leaf, or views and casts of one
@@ -267,7 +267,8 @@ def _inside_network(found: Trace, rules: list[Rule | None]) -> list[bool]:
     for position, rule in enumerate(rules):
         if rule is None:
             continue
-        if inside[position] or (not rule.view and any(parameter[child] for child in below[position])):
+        ends = rule.source or (not rule.view and any(parameter[child] for child in below[position]))
+        if inside[position] or ends:
             for child in below[position]:
                 inside[child] = True
     return inside

@@ -106,7 +106,7 @@ class AdaHesScale(Optimizer):
         delta: radius of the trust region in units of the loss; None for none (default: 1e-4). It keeps training stable
             at learning rates far too high.
         radius: what ``delta`` is measured in, if it is not the quadratic model's own units; None: it is
-            (default: None). It is not part of the state dict, the calibration is.
+            (default: None). It is not part of the state dict, the calibration is. Weight decay is not measured.
         damping: relative damping; this fraction of the group's mean curvature (of the root of the mean square for
             "rms") is added to the curvature D, for "sqrt_abs" under the root (default: 0.0).
         lr_scale: multiplies ``lr``. It is an option of its own so that a group keeps its factor when a scheduler or
@@ -188,7 +188,9 @@ class AdaHesScale(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group; options it does not set are the optimizer's defaults."""
-        check_options({**self.defaults, **param_group})
+        options = {**self.defaults, **param_group}
+        check_options(options)
+        self._regions.check(options, param_group.get("radius", self._radius))
         radius = param_group.pop("radius", self._radius)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -293,6 +295,7 @@ class AdaHesScale(Optimizer):
         ]
         if any(self._regions.radii):
             self._calibrate()
+            self._decay_what_was_measured()
         self.awaits_diagonals = False
         return loss
 
@@ -337,7 +340,7 @@ class AdaHesScale(Optimizer):
                 along = along + beside(update.curvature_along, along)
             scale = trust_region_scale(delta, along if measured else along * lr * lr)
         for batch, update in zip(batches, updates, strict=True):
-            if group["weight_decay"] != 0:
+            if group["weight_decay"] != 0 and not measured:
                 multiply(batch.params, 1 - lr * group["weight_decay"], foreach=foreach)
             subtract(batch.params, update.directions, lr * scale * update.gain, foreach=foreach)
         return StepRecord(batches, rule, lr * scale, scale, along, grad_scale.clipping, foreach, group["maximize"])
@@ -364,6 +367,19 @@ class AdaHesScale(Optimizer):
                 back = beside(record.size, batch.params[0]) * (factor - 1) * update.gain
                 subtract(batch.params, update.directions, back, foreach=record.foreach)
             record.size, record.scale = record.size * factor, record.scale * factor
+
+    @never_compiled
+    def _decay_what_was_measured(self) -> None:
+        """Weight decay of groups with a radius, which is that of the update alone: it comes after the measure."""
+        for index, (group, record) in enumerate(zip(self.param_groups, self._latest, strict=True)):
+            if self._regions.radii[index] is None or group["weight_decay"] == 0:
+                continue
+            decay = host_rate(self._rate(index)) * group["weight_decay"]
+            for batch in record.batches:
+                update = normalized_update(batch, record.rule, foreach=record.foreach)
+                back = beside(record.size, batch.params[0]) * decay * update.gain
+                multiply(batch.params, 1 - decay, foreach=record.foreach)
+                subtract(batch.params, update.directions, back, foreach=record.foreach)  # as decay of what was before
 
     def _average(
         self, group: dict[str, Any], found: _Gathered, hess_factor: float | Tensor, foreach: bool

@@ -9,7 +9,7 @@ can be measured, though, by one evaluation after it, and the ratio of the two ch
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -126,18 +126,24 @@ class Regions:
         self.key = key
         self.radii: list[CalibratedRadius | None] = []
 
+    def check(self, options: Mapping[str, Any], radius: CalibratedRadius | None) -> None:
+        """Raises if a group with these options cannot have that radius."""
+        if radius is None:
+            return
+        if not isinstance(radius, CalibratedRadius):
+            raise TypeError(
+                f"radius must be a CalibratedRadius or None, got {type(radius).__name__}; a radius in units of "
+                f"the quadratic model is a number, {self.key}"
+            )
+        if options.get(self.key) is None:
+            raise ValueError(f"{self.key} is None, but radius says what it is measured in: give it a number")
+        if options.get("capturable", False):
+            raise ValueError("a radius that is measured reads its measure on the host: it cannot be capturable")
+
     def add_group(self, group: dict[str, Any], radius: CalibratedRadius | None) -> None:
         """One more group, with what its ``delta`` is measured in (None: the quadratic model's own units)."""
+        self.check(group, radius)
         if radius is not None:
-            if not isinstance(radius, CalibratedRadius):
-                raise TypeError(
-                    f"radius must be a CalibratedRadius or None, got {type(radius).__name__}; a radius in units of "
-                    f"the quadratic model is a number, {self.key}"
-                )
-            if group.get(self.key) is None:
-                raise ValueError(f"{self.key} is None, but radius says what it is measured in: give it a number")
-            if group.get("capturable", False):
-                raise ValueError("a radius that is measured reads its measure on the host: it cannot be capturable")
             group.setdefault(CALIBRATION_KEY, UNCALIBRATED)
         self.radii.append(radius)
 
@@ -150,7 +156,7 @@ class Regions:
         if callable(radius.unit):
             unit = float(radius.unit())
             if _is_useful(unit):
-                steps, logs, weight, units, unit_weight = group[CALIBRATION_KEY]
+                steps, logs, weight, units, unit_weight = group.get(CALIBRATION_KEY, UNCALIBRATED)
                 units = radius.unit_decay * units + (1 - radius.unit_decay) * unit
                 unit_weight = radius.unit_decay * unit_weight + (1 - radius.unit_decay)
                 group[CALIBRATION_KEY] = (steps, logs, weight, units, unit_weight)

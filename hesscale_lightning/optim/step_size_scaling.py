@@ -189,6 +189,8 @@ class StepSizeScaling(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group to the wrapped optimizer; it may set its own ``scaling_delta``."""
+        options = {**self.defaults, "scaling_delta": self.delta, **param_group}
+        self._regions.check(options, param_group.get("scaling_radius", self.radius))
         self.optimizer.add_param_group(param_group)
         self._reset_groups()
 
@@ -219,7 +221,10 @@ class StepSizeScaling(Optimizer):
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state dict of this class, or one of the wrapped optimizer, with which the averages start anew."""
+        deltas = [group["scaling_delta"] for group in self.param_groups]
         self.optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != _STATE_KEY})
+        for group, delta in zip(self.param_groups, deltas, strict=True):
+            group.setdefault("scaling_delta", delta)
         params = [param for group in self.param_groups for param in group["params"]]
         self.curvature.clear()
         for index, saved in state_dict.get(_STATE_KEY, {}).items():

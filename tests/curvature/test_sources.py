@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from hesscale_lightning.curvature import UnsupportedOperationError, attach, backward, coverage, register_rule
+from hesscale_lightning.curvature import (
+    UnsupportedOperationError,
+    attach,
+    backward,
+    coverage,
+    register_rule,
+    with_curvature,
+)
 from hesscale_lightning.curvature.engine import METHODS
 
 
@@ -103,3 +110,48 @@ def test_coverage_knows_sources() -> None:
     report = coverage((Fisher.apply(w, torch.ones(3)) ** 2).sum(), [w])
     assert report.supported
     assert not report.approximate
+
+
+def test_gauss_newton_ends_at_a_source() -> None:
+    """A function below it is part of the network, also with no parameters between it and the loss."""
+    torch.manual_seed(0)
+    layer, x, precision = nn.Linear(3, 2).double(), torch.randn(5, 3).double(), torch.rand(5, 2).double()
+    for _ in range(4):
+        y = layer(x).tanh()
+        backward((with_curvature(y, precision) * 3).exp().sum(), layer.parameters(), method="hesscale_gn")
+        slope = (1 - y**2).detach()
+        torch.testing.assert_close(layer.bias.hess_diag, (precision * slope**2).sum(0))
+        torch.testing.assert_close(layer.weight.hess_diag, (precision * slope**2).T @ x**2)
+        layer.bias.hess_diag = layer.weight.hess_diag = None
+
+
+@pytest.mark.parametrize("curvature", [0.25, [1.0, 1.0]])
+def test_a_curvature_that_is_no_tensor_is_refused(curvature: object) -> None:
+    with pytest.raises(TypeError, match=f"curvature must be a tensor, got {type(curvature).__name__}"):
+        with_curvature(torch.ones(2, requires_grad=True), curvature)
+
+
+class Both(torch.autograd.Function):
+    """Two outputs of one input, and curvature of its own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * 2, x * 3
+
+    @staticmethod
+    def backward(ctx, a, b):
+        return 2 * a + 3 * b
+
+
+@register_rule("BothBackward", multi_output=True)
+def both(op):
+    return op.tensor(0)
+
+
+@pytest.mark.parametrize("used", [(True, True), (True, False), (False, True)])
+def test_a_source_may_have_several_outputs(used: tuple[bool, bool]) -> None:
+    for _ in range(4):
+        w = torch.tensor([1.0, 2.0], requires_grad=True)
+        backward(sum((y**2).sum() for y, use in zip(Both.apply(w), used, strict=True) if use), [w])
+        assert w.hess_diag.tolist() == [1.0, 2.0]

@@ -115,6 +115,26 @@ def test_the_learning_rate_is_the_fraction_of_the_step_that_fits() -> None:
     assert moves[0.5] == pytest.approx(1e-3 / 4)
 
 
+def test_weight_decay_is_no_part_of_what_is_measured() -> None:
+    """A decay that moves farther than the region allows would take all of it, and the calibration would never end."""
+    problem, other = Problem(), Problem()
+    decayed = adahesscale(problem, 1e-6, CalibratedRadius(problem.measure), weight_decay=0.1)
+    plain = adahesscale(other, 1e-6, CalibratedRadius(other.measure))
+    for p in problem.params:
+        p.data.fill_(2.0)
+    for _ in range(40):
+        before = [p.detach().clone() for p in problem.params]
+        for p, value in zip(other.params, before, strict=True):
+            p.data.copy_(value)
+        problem.deliver()
+        other.deliver()
+        decayed.step()
+        plain.step()
+        for p, q, value in zip(problem.params, other.params, before, strict=True):
+            torch.testing.assert_close(p.detach(), q.detach() - 0.1 * value, rtol=1e-12, atol=1e-12)
+    assert decayed.stats["calibration"] == pytest.approx(20)
+
+
 def test_a_step_that_fits_is_left_alone() -> None:
     problem, plain = Problem(), Problem()
     measured = adahesscale(problem, 1e12, CalibratedRadius(problem.measure))
@@ -180,6 +200,45 @@ def test_a_run_goes_on_from_its_state_bit_for_bit(make: Any) -> None:
             which.step()
     assert torch.equal(first.params[0], second.params[0])
     assert optimizer.param_groups[0][CALIBRATION_KEY] == resumed.param_groups[0][CALIBRATION_KEY]
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
+def test_a_state_without_calibration_starts_anew(make: Any) -> None:
+    """As an optimizer without a radius writes it, or an earlier version."""
+    problem = Problem()
+    optimizer = make(problem, 1e-3, CalibratedRadius(problem.measure, unit=lambda: 2.0))
+    problem.deliver()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        del group[CALIBRATION_KEY]
+        group.pop("damping", None)
+    optimizer.load_state_dict(saved)
+    for _ in range(3):
+        problem.deliver()
+        optimizer.step()
+        assert problem.moved() == pytest.approx(2e-3, rel=1e-6)
+    assert optimizer.param_groups[0][CALIBRATION_KEY][0] == 3
+
+
+def test_a_group_s_own_delta_outlives_the_state_of_the_wrapped_optimizer() -> None:
+    params = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    groups = [{"params": params[:1], "scaling_delta": 0.5}, {"params": params[1:]}]
+    optimizer = StepSizeScaling(torch.optim.SGD(groups, lr=1.0), 0.1)
+    optimizer.load_state_dict(torch.optim.SGD([{"params": params[:1]}, {"params": params[1:]}]).state_dict())
+    assert [group["scaling_delta"] for group in optimizer.param_groups] == [0.5, 0.1]
+
+
+@pytest.mark.parametrize(("radius", "error"), [(3.0, TypeError), (CalibratedRadius(lambda: 1.0), ValueError)])
+def test_a_group_that_is_refused_is_not_added(radius: Any, error: type[Exception]) -> None:
+    param, other = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
+    optimizers = [AdaHesScale([param]), StepSizeScaling(torch.optim.SGD([param]))]
+    for optimizer, key in zip(optimizers, ("", "scaling_"), strict=True):
+        with pytest.raises(error):
+            optimizer.add_param_group({"params": [other], f"{key}radius": radius, f"{key}delta": None})
+        param.grad, param.hess_diag = torch.ones(2), torch.ones(2)  # type: ignore[attr-defined]
+        optimizer.step()
+        assert len(optimizer.param_groups) == len(optimizer.radii) == 1
 
 
 def test_the_state_dict_holds_no_functions() -> None:

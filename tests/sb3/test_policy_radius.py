@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.distributions import DiagGaussianDistribution
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import LinearSchedule
 from torch import Tensor
 
@@ -229,6 +231,124 @@ def test_the_measure_changes_nothing_but_the_step() -> None:
         )
         for radius in model.policy.optimizer.radii:
             radius.every, radius.warmup = every, 0
+        np.random.seed(0)
+        model.learn(32)
+        finals.append(torch.nn.utils.parameters_to_vector(model.policy.parameters()).detach())
+    assert torch.equal(*finals)
+
+
+class Preprocessing(HesScaleActorCriticPolicy):
+    """Hands on other observations than it is asked with, in a form of its own."""
+
+    def forward(self, obs: Tensor, deterministic: bool = False) -> Any:
+        return super().forward(3 * obs - 2, deterministic)
+
+    def predict_values(self, obs: Tensor) -> Tensor:
+        return super().predict_values(3 * obs - 2)
+
+    def evaluate_actions(self, obs: Tensor, actions: Tensor) -> Any:
+        return super().evaluate_actions(3 * obs - 2, actions)
+
+
+class Twice(HesScaleActorCriticPolicy):
+    """Evaluates two batches of different sizes for one loss."""
+
+    def evaluate_actions(self, obs: Tensor, actions: Tensor) -> Any:
+        values, log_prob, entropy = super().evaluate_actions(obs, actions)
+        aside = super().evaluate_actions(obs[:3], actions[:3])
+        return values + self.weight * aside[0].mean(), log_prob + self.weight * aside[1].mean(), entropy
+
+    weight = 0.1
+
+
+class TwiceForOne(Twice):
+    """The same, and the second goes nowhere."""
+
+    def evaluate_actions(self, obs: Tensor, actions: Tensor) -> Any:
+        found = HesScaleActorCriticPolicy.evaluate_actions(self, obs, actions)
+        HesScaleActorCriticPolicy.evaluate_actions(self, obs[:3], actions[:3])
+        return found
+
+
+@pytest.mark.parametrize("policy", [Preprocessing, Twice, TwiceForOne])
+def test_what_is_measured_is_what_was_evaluated_for_the_loss(policy: Any) -> None:
+    """Of a policy with an ``evaluate_actions`` of its own, too: a step of zero is measured as zero."""
+    model = named("PPO-Box").build(policy=policy)
+    radius, optimizer = model.policy.policy_radius, model.policy.optimizer
+    found: list[tuple[float | None, float | None]] = []
+
+    def note(*_: Any) -> None:
+        radius._measured = None
+        found.append(radius._measure())
+
+    optimizer.register_step_post_hook(note)
+    model.learn(32)
+    assert len(found) == 8
+    for divergence, change in found:
+        assert divergence is not None
+        assert 0.3 * 3e-4 < divergence < 4 * 3e-4
+        assert change is not None
+        assert 0 < change < math.inf
+    found.clear()
+    for group in optimizer.param_groups:
+        group["delta"] = 1e-30
+    model.learn(16)
+    for divergence, change in found:
+        assert divergence == pytest.approx(0, abs=1e-12)
+        assert change == pytest.approx(0, abs=1e-9)
+
+
+class OddDistribution(DiagGaussianDistribution):
+    """Of a kind whose divergence is not known."""
+
+    def proba_distribution(self, mean_actions: Tensor, log_std: Tensor) -> Any:
+        self.distribution = torch.distributions.Laplace(mean_actions, log_std.exp())
+        return self
+
+
+class OddPolicy(HesScaleActorCriticPolicy):
+    def _build(self, lr_schedule: Any) -> None:
+        self.action_dist = OddDistribution(self.action_space.shape[0])
+        super()._build(lr_schedule)
+
+
+def test_a_distribution_that_is_not_known_is_refused() -> None:
+    model = named("PPO-Box").build(policy=OddPolicy)
+    with pytest.raises(TypeError, match=r"does not know the KL divergence of OddDistribution, .* Laplace:"):
+        model.learn(16)
+    named("PPO-Box").build(policy=OddPolicy, policy_options={"radius": "loss"}).learn(16)
+
+
+class WithoutLogStd(HesScaleActorCriticPolicy):
+    """Whose standard deviation is a network's output."""
+
+    def _build(self, lr_schedule: Any) -> None:
+        super()._build(lr_schedule)
+        del self.log_std
+        self.log_std_net = torch.nn.Linear(self.mlp_extractor.latent_dim_pi, self.action_space.shape[0])
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
+
+    def _get_action_dist_from_latent(self, latent_pi: Tensor) -> Any:
+        return self.action_dist.proba_distribution(self.action_net(latent_pi), self.log_std_net(latent_pi))
+
+
+def test_a_gaussian_without_log_std_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs a policy with log_std, which WithoutLogStd has not; pass"):
+        named("PPO-Box").build(policy=WithoutLogStd)
+    named("PPO-Box").build(policy=WithoutLogStd, policy_options={"radius": "loss"}).learn(16)
+
+
+class BuiltAlone(HesScaleActorCriticPolicy):
+    """Builds itself without asking its base classes, which read the schedule of the learning rate there."""
+
+    def _build(self, lr_schedule: Any) -> None:
+        ActorCriticPolicy._build(self, lr_schedule)
+
+
+def test_a_policy_that_builds_itself_has_the_same_steps() -> None:
+    finals = []
+    for policy in (HesScaleActorCriticPolicy, BuiltAlone):
+        model = named("PPO-Box").build(policy=policy)
         np.random.seed(0)
         model.learn(32)
         finals.append(torch.nn.utils.parameters_to_vector(model.policy.parameters()).detach())

@@ -55,6 +55,7 @@ def with_curvature(x: Tensor, curvature: Tensor) -> Tensor:
             differentiated.
 
     Raises:
+        TypeError: If the curvature is no tensor.
         ValueError: If the shape does not fit.
 
     Example:
@@ -67,6 +68,11 @@ def with_curvature(x: Tensor, curvature: Tensor) -> Tensor:
         >>> mean.hess_diag
         tensor([0.2500, 0.2500])
     """
+    if not isinstance(curvature, Tensor):
+        raise TypeError(
+            f"curvature must be a tensor, got {type(curvature).__name__}: for one number pass "
+            "x.new_full((), number), which is given to all entries"
+        )
     if curvature.shape != x.shape and not _expands(curvature.shape, x.shape):
         raise ValueError(
             f"curvature has shape {tuple(curvature.shape)}, which does not expand to the tensor's {tuple(x.shape)}: "
