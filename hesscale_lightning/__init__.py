@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hesscale_lightning._version import __version__
+from hesscale_lightning.compiled_step import CaptureError, compile_step
 from hesscale_lightning.curvature import (
     UnsupportedOperationError,
     attach,
@@ -56,6 +57,7 @@ _LAZY = {
 
 __all__ = [
     "AdaHesScale",
+    "CaptureError",
     "CurvatureAuditError",
     "CurvatureHistogram",
     "CurvatureLayerShares",
@@ -76,6 +78,7 @@ __all__ = [
     "__version__",
     "attach",
     "backward",
+    "compile_step",
     "coverage",
     "exact_hess_diag",
     "register_rule",

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
+from hesscale_lightning.curvature.capturing import address_of
 from hesscale_lightning.curvature.gradient_hooks import Watch, ours, suspected
 from hesscale_lightning.curvature.graph import Node
 from hesscale_lightning.curvature.precision import HALF
@@ -161,11 +162,11 @@ class Attachment:
                 or h.dtype is not tensor.dtype
                 or h.dtype in HALF
                 or h.shape != tensor.shape
-                or (cell not in own and h.data_ptr() in taken)
+                or (cell not in own and address_of(h) in taken)
             ):
                 h = _laid_out_like(tensor, h)
             if cell not in own:  # an operation may hand one tensor to several inputs
-                taken.add(h.data_ptr())
+                taken.add(address_of(h))
             _add(tensor, h, cell in self._fresh)
         for cell, (_, tensor) in self._inner.items():
             _add(tensor, _laid_out_like(tensor, arrived[cell]), False)
