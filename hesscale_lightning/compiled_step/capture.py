@@ -20,10 +20,11 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from hesscale_lightning.curvature import engine
+from hesscale_lightning.curvature.gradient_hooks import note_registrations
 from hesscale_lightning.curvature.structure import StructureCache
 
 _lock = threading.Lock()
-_structures = StructureCache(patience=0)  # programs that were written on fake tensors are of no use to anybody else
+_structures = StructureCache()  # of programs that were written on fake tensors
 
 
 class CaptureError(RuntimeError):
@@ -80,6 +81,7 @@ def _capturing() -> Iterator[None]:
         stack.enter_context(torch.compiler._compile_session_context())
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))  # backward where tracing is
         stack.enter_context(torch.random.fork_rng(devices=[]))
+        note_registrations()
         structures, engine._structures = engine._structures, _structures
         try:
             yield

@@ -77,7 +77,14 @@ class Attachment:
 
     def watched(self, loss: Tensor, nodes: Sequence[Node]) -> None:
         """Puts the hooks on the graph, and where others may be, hooks that tell whether these change a gradient."""
-        watch = Watch(loss) if suspected(nodes) else None
+        watch = None
+        if suspected(nodes):
+            if torch.compiler.is_compiling():  # there are no gradients to compare
+                raise RuntimeError(
+                    "the step puts a hook on a tensor or module (register_hook, register_full_backward_hook), of which "
+                    "cannot be told whether it changes a gradient"
+                )
+            watch = Watch(loss)
         self.arm()
         self._watch = watch
         ours(len(self._handles) + (0 if watch is None else watch.registered))
