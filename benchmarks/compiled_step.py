@@ -2,20 +2,24 @@
 
     python -m benchmarks.compiled_step [--seconds 4] [--only MLP] [--json FILE] [--write docs/compiled_step.md]
 
-The *gradient* is forward and backward, eagerly and without curvature. A *compiled step* is forward, backward and curvature
-as `compile_step` runs it, with what it does around its program; the *compiled gradient* is the same with `method=None`.
-A *training step* is all of that and the update: eagerly with Adam, and compiled with AdaHesScale in the program. *Making
-it* is what capturing and compiling the step took here, with Inductor's cache empty, and once more with what that left in it.
+The *gradient* is forward and backward, eagerly and without curvature. A *compiled step* is forward, backward and
+curvature as `compile_step` runs it, with what it does around its program; the *compiled gradient* is the same with
+`method=None`. A *training step* is all of that and the update: eagerly with Adam, and compiled with AdaHesScale in the
+program. *Making it* is the first step of a process, which captures and compiles it: with Inductor's cache empty, and
+once more, in a later process, with what that left there. *Guards* is what a step costs apart from its program and from
+handing out the results.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +49,34 @@ WORKLOADS: list[tuple[Workload, float]] = [
 ]
 
 
-@contextmanager
-def inductor_cache(folder: str) -> Iterator[None]:
-    """Inductor finds and leaves its work in ``folder``."""
-    import os
+def make(workload: Workload) -> float:
+    """Seconds to capture and compile the step, and to run it once."""
+    torch.manual_seed(0)
+    model, x = workload.model(), workload.inputs()
+    y = torch.randint(workload.classes, (len(x),))
+    start = time.perf_counter()
+    compile_step(model, F.cross_entropy, silent=True, on_failure="raise")(x, y)
+    return time.perf_counter() - start
 
-    from torch._inductor.utils import clear_caches
 
-    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-    clear_caches()
+def make_in_new_processes(workload: Workload) -> list[float]:
+    """The same in two processes, the second of which finds what the first has left in Inductor's cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "benchmarks.compiled_step", "--make", workload.name]
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}
+        return [
+            float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+            for _ in range(2)
+        ]
+
+
+def guard_time(step: Step, clear: Callable[[], None], *batch: Any) -> float:
+    """Microseconds of a step in which neither the program nor what hands out its results does anything."""
+    run, step._run = step._run, lambda *_: None  # type: ignore[method-assign]
     try:
-        yield
+        return ratios([clear, lambda: step(*batch)], 1.0)[1].variant_us
     finally:
-        os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
-        if before is not None:
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
+        step._run = run  # type: ignore[method-assign]
 
 
 def measure(workload: Workload, target: float, seconds: float) -> dict[str, Any]:
@@ -100,25 +116,18 @@ def measure(workload: Workload, target: float, seconds: float) -> dict[str, Any]
         F.cross_entropy(trained(x), y).backward()
         adam.step()
 
-    def made() -> float:
-        start = time.perf_counter()
-        curvature.clear()
-        curvature(x, y)
-        return time.perf_counter() - start
-
-    with tempfile.TemporaryDirectory() as folder, inductor_cache(folder):
-        cold = made()
-        warm = made()
-        steps = {
-            "gradient": eager,
-            "eager curvature": eager_curvature,
-            "compiled": compiled(curvature),
-            "compiled gradient": compiled(gradient),
-        }
-        timed = dict(zip(steps, ratios(list(steps.values()), seconds), strict=True))
-        over_compiled = ratios([steps["compiled gradient"], steps["compiled"]], seconds / 2)[1]
-        whole = ratios([eager_training, lambda: training(x, y)], seconds / 2)[1]
-        memory = {name: peak_bytes(step) for name, step in steps.items()}
+    cold, warm = make_in_new_processes(workload)
+    steps = {
+        "gradient": eager,
+        "eager curvature": eager_curvature,
+        "compiled": compiled(curvature),
+        "compiled gradient": compiled(gradient),
+    }
+    timed = dict(zip(steps, ratios(list(steps.values()), seconds), strict=True))
+    over_compiled = ratios([steps["compiled gradient"], steps["compiled"]], seconds / 2)[1]
+    whole = ratios([eager_training, lambda: training(x, y)], seconds / 2)[1]
+    guards = guard_time(curvature, clear, x, y)
+    memory = {name: peak_bytes(step) for name, step in steps.items()}
     return {
         "workload": workload.name,
         "target": target,
@@ -128,6 +137,7 @@ def measure(workload: Workload, target: float, seconds: float) -> dict[str, Any]
         "cold": cold,
         "warm": warm,
         "memory": memory,
+        "guards": guards,
     }
 
 
@@ -135,17 +145,19 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = [
         "| network | gradient | eager step over gradient | compiled step over gradient | to reach "
         "| over compiled gradient | training step with AdaHesScale over eager one with Adam "
-        "| peak memory over gradient | making it, empty cache | later |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| peak memory over gradient | making it, empty cache | later | guards |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         timed: dict[str, Ratio] = result["time"]
         memory = result["memory"]
         target = f"{result['target']:.2f}" if result["target"] == result["target"] else ""
         lines.append(
-            f"| {result['workload']} | {timed['gradient'].baseline_us / 1000:.2f} ms | {timed['eager curvature'].median:.2f} "
+            f"| {result['workload']} | {timed['gradient'].baseline_us / 1000:.2f} ms "
+            f"| {timed['eager curvature'].median:.2f} "
             f"| {timed['compiled']} | {target} | {result['over compiled']} | {result['training']} "
-            f"| {memory['compiled'] / memory['gradient']:.2f} | {result['cold']:.0f} s | {result['warm']:.1f} s |"
+            f"| {memory['compiled'] / memory['gradient']:.2f} | {result['cold']:.0f} s | {result['warm']:.1f} s "
+            f"| {result['guards']:.0f} µs |"
         )
     return "\n".join(lines)
 
@@ -156,8 +168,12 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only networks whose name contains this")
     parser.add_argument("--json", type=Path, help="also write every number to this file")
     parser.add_argument("--write", type=Path, help="also replace the table in this page")
+    parser.add_argument("--make", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.make:
+        print(make(next(w for w, _ in WORKLOADS if w.name == args.make)))
+        return
     print("Median (quartiles) of interleaved rounds, one thread.\n")
     results = []
     for workload, target in WORKLOADS:

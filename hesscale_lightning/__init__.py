@@ -21,6 +21,7 @@ from hesscale_lightning.optim import AdaHesScale, StepSizeScaling
 
 if TYPE_CHECKING:
     from hesscale_lightning.callback import HesScaleCallback
+    from hesscale_lightning.compiled_training import CompiledStepMixin
     from hesscale_lightning.data import DiabetesDataModule, DigitsDataModule, MNIST1DDataModule
     from hesscale_lightning.metrics import (
         CurvatureAuditError,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 # name -> module that defines it; imported on first access, because these modules import lightning or torchmetrics
 _LAZY = {
+    "CompiledStepMixin": "hesscale_lightning.compiled_training",
     "HesScaleCallback": "hesscale_lightning.callback",
     "HesScaleModule": "hesscale_lightning.module",
     "DiabetesDataModule": "hesscale_lightning.data",
@@ -58,6 +60,7 @@ _LAZY = {
 __all__ = [
     "AdaHesScale",
     "CaptureError",
+    "CompiledStepMixin",
     "CurvatureAuditError",
     "CurvatureHistogram",
     "CurvatureLayerShares",

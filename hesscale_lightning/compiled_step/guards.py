@@ -26,6 +26,9 @@ class ModuleState:
         self._contents: list[Any] = []
         self._addresses: list[int] = []
         self._layout: tuple[Any, ...] = ()
+        self._latest: list[int] | None = None
+        self._number = 0
+        self._numbers: dict[Any, int] = {}
         self.params: list[Tensor] = []
         self.buffers: list[Tensor] = []
         self.param_names: list[str] = []
@@ -40,6 +43,7 @@ class ModuleState:
         named = list(self._root.named_parameters())
         self.param_names, self.params = [name for name, _ in named], [p for _, p in named]
         self.buffers = list(self._root.buffers())
+        self._latest = None
         self._tensors = [*self.params, *self.buffers]
         self._measure([t.data_ptr() for t in self._tensors])
 
@@ -60,18 +64,20 @@ class ModuleState:
         self._read()
         return True
 
-    def key(self) -> tuple[Any, ...]:
-        """Which modules train, which parameters require grad, how many hooks there are, and the tensors' layout."""
+    def key(self) -> int:
+        """A number for the modules that train, the parameters that require grad or have hooks, and the layouts."""
         addresses = [t.data_ptr() for t in self._tensors]
         if addresses != self._addresses:
             self._measure(addresses)
-        return (
-            tuple([m.training for m in self._modules]),
-            tuple([p.requires_grad for p in self.params]),
-            sum(map(len, self._hooks)),
-            tuple([not p._backward_hooks for p in self.params]),
-            self._layout,
-        )
+            self._latest = None
+        modes: list[int] = [m.training for m in self._modules]
+        modes += [p.requires_grad for p in self.params]
+        modes += [not p._backward_hooks for p in self.params]
+        modes += [len(hooks) for hooks in self._hooks]
+        if modes != self._latest:
+            self._latest = modes
+            self._number = self._numbers.setdefault((tuple(modes), self._layout), len(self._numbers))
+        return self._number
 
 
 def flatten(batch: tuple[Any, ...]) -> tuple[list[Any], Spec]:
@@ -92,7 +98,7 @@ def batch_key(leaves: Sequence[Any]) -> tuple[Any, ...]:
     """What of a batch's leaves a program is made for: of tensors all but their entries, of the rest everything."""
     return tuple(
         [
-            (x.shape, x.stride(), x.dtype, x.device, x.requires_grad, type(x))
+            (x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.__class__)
             if isinstance(x, Tensor)
             else (type(x), x)
             for x in leaves

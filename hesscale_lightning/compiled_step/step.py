@@ -55,7 +55,7 @@ class _Program:
     Attributes:
         run: What was compiled.
         constants: Its last inputs.
-        changes: How many of its first inputs it may change without autograd's taking note.
+        changes: Those of its inputs that it may change without autograd's taking note.
         grads: Positions of the parameters whose gradients it returns, in their order.
         diagonals: Those whose diagonals it returns, likewise.
         others: How the function's further results are put together, None if it returns the loss alone.
@@ -76,7 +76,19 @@ class _Program:
     told: int
     refreshing: bool
     autocast: bool
-    changes: int
+    changes: slice
+
+
+@dataclass
+class Computed:
+    """What a step has computed: the loss, further results, and gradients and diagonals beside their parameters."""
+
+    loss: Tensor
+    others: tuple[Any, ...]
+    params: list[Tensor]
+    grads: Sequence[Tensor]
+    curved: list[Tensor]
+    diagonals: Sequence[Tensor]
 
 
 @dataclass
@@ -154,9 +166,10 @@ class Step:
         self._eager: set[Any] = set()  # keys of steps that run eagerly
         self._told: set[str] = set()  # reasons why
         self._update: Update | None = None
+        self._failure: Exception | None = None  # of a program that was just tried
 
     def __getstate__(self) -> dict[str, Any]:
-        made = ("_root", "_state", "_programs", "_eager", "_told", "_update")
+        made = ("_root", "_state", "_programs", "_eager", "_told", "_update", "_failure")
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -178,6 +191,36 @@ class Step:
         Returns:
             The loss, detached; if the function returns a tuple, that tuple, all its tensors detached.
         """
+        key, program, inputs, update = self._look_up(batch)
+        if program is None:
+            return self._eagerly(batch, key)
+        return self._run(program, inputs, update)
+
+    def compute(self, *batch: Any) -> Computed | None:
+        """Runs the program for a batch and hands nothing out; for a step without an optimizer.
+
+        Returns:
+            What it computed; None if the step has to run eagerly.
+        """
+        key, program, inputs, _ = self._look_up(batch)
+        if program is None:
+            self._note_failure(key)
+            return None
+        results = self._execute(program, inputs)
+        first = 1 + len(program.grads)
+        second = first + len(program.diagonals)
+        params = self._state.params
+        return Computed(
+            results[0],
+            self._others(program, results[second:]),
+            [params[k] for k in program.grads],
+            results[1:first],
+            [params[k] for k in program.diagonals],
+            results[first:second],
+        )
+
+    def _look_up(self, batch: tuple[Any, ...]) -> tuple[Any, _Program | None, list[Tensor], Update | None]:
+        """The key of a step, the program for it, None if it is to run eagerly, and what the program takes."""
         if self._root is None:
             self._root = _Root(self._modules)
             self._state = ModuleState(self._root)
@@ -206,26 +249,27 @@ class Step:
             self._tell(
                 f"it got an argument that is no tensor and has no hash ({error}): pass tensors, numbers, strings"
             )
-            return self._eagerly(batch)
+            return None, None, [], None
         inputs = [*state.params, *state.buffers, *averages]
         inputs += leaves if spec is TENSORS else [x for x in leaves if isinstance(x, Tensor)]
         if numbers is not None:
             inputs.append(numbers)
-        if program is None:
-            if not self._wants_program(key):
-                return self._eagerly(batch)
+        if program is None and self._wants_program(key):
             try:
-                program = self._make(inputs, leaves, spec, update, key)
+                program = self._programs[key] = self._make(inputs, leaves, spec, update, key)
             except Exception as error:
-                return self._failed(key, error, batch)
-            self._programs[key] = program
-        return self._run(program, inputs, update)
+                if self.settings.on_failure == "eager":
+                    self._failure = error
+                elif isinstance(error, (CaptureError, UnsupportedOperationError)):
+                    raise
+                else:
+                    raise CaptureError(f"{self.name} cannot become a program: {reason_of(error)}") from error
+        return key, program, inputs, update
 
     # -- running
 
-    def _run(self, program: _Program, inputs: list[Tensor], update: Update | None) -> Any:
-        optimizer, params = self.optimizer, self._state.params
-        changed = inputs[: program.changes]
+    def _execute(self, program: _Program, inputs: list[Tensor]) -> Sequence[Any]:
+        changed = inputs[program.changes]
         inputs += program.constants
         grad_mode = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
@@ -237,32 +281,38 @@ class Step:
                 results = program.run(inputs)
             if changed:
                 torch.autograd.graph.increment_version(changed)
-            if update is not None:
-                self._clear(update.held)
-            elif optimizer is not None:
-                optimizer.zero_grad()
-            first = 1 + len(program.grads)
-            second = first + len(program.diagonals)
-            self._hand_out(program, params, results[1:first], results[first:second])
         finally:
             torch._C._set_grad_enabled(grad_mode)
+        return results
+
+    def _run(self, program: _Program, inputs: list[Tensor], update: Update | None) -> Any:
+        optimizer = self.optimizer
+        results = self._execute(program, inputs)
         if update is not None:
-            third = second + program.told
-            update.finish(
-                results[second:third],
-                program.records,
-                refreshing=program.refreshing,
-                clipping=self.max_grad_norm is not None,
-            )
-        else:
-            third = second
-            if optimizer is not None:
-                self._update_eagerly(optimizer)
+            self._clear(update.held)
+        elif optimizer is not None:
+            optimizer.zero_grad()
+        first = 1 + len(program.grads)
+        second = first + len(program.diagonals)
+        third = second + program.told
+        self._hand_out(program, results[1:first], results[first:second])
+        if update is not None:
+            clipping = self.max_grad_norm is not None
+            update.finish(results[second:third], program.records, refreshing=program.refreshing, clipping=clipping)
+        elif optimizer is not None:
+            self._update_eagerly(optimizer)
+        return results[0] if program.others is None else (results[0], *self._others(program, results[third:]))
+
+    @staticmethod
+    def _others(program: _Program, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+        """What the function returned beside the loss."""
         if program.others is None:
-            return results[0]
-        given = iter(results[third:])
-        others = tree_unflatten([next(given) if x is ... else x for x in program.others_values], program.others)
-        return (results[0], *others)
+            return ()
+        given = iter(tensors)
+        others: tuple[Any, ...] = tree_unflatten(
+            [next(given) if x is ... else x for x in program.others_values], program.others
+        )
+        return others
 
     def _clear(self, positions: Iterable[int]) -> None:
         params = self._state.params
@@ -273,11 +323,10 @@ class Step:
             if getattr(p, "hess_diag", None) is not None:
                 p.hess_diag = None  # type: ignore[attr-defined]
 
-    @staticmethod
-    def _hand_out(
-        program: _Program, params: Sequence[Tensor], grads: Sequence[Tensor], diagonals: Sequence[Tensor]
-    ) -> None:
+    @torch.no_grad()
+    def _hand_out(self, program: _Program, grads: Sequence[Tensor], diagonals: Sequence[Tensor]) -> None:
         """Adds to ``p.grad`` and ``p.hess_diag``, as backward would."""
+        params = self._state.params
         fresh = set()
         for k, g in zip(program.grads, grads, strict=True):
             p = params[k]
@@ -296,7 +345,8 @@ class Step:
                 for hook in list(hooks.values()):
                     hook(params[k])
 
-    def _eagerly(self, batch: tuple[Any, ...]) -> Any:
+    def _eagerly(self, batch: tuple[Any, ...], key: Any) -> Any:
+        """The step without a program. It raises what is wrong with the step itself before anything is said of that."""
         optimizer = self.optimizer
         with torch.enable_grad():
             if optimizer is not None:
@@ -308,6 +358,7 @@ class Step:
             loss.backward()
         if optimizer is not None:
             self._update_eagerly(optimizer)
+        self._note_failure(key)
         return tree_map_only(Tensor, Tensor.detach, result)
 
     def _update_eagerly(self, optimizer: Optimizer) -> None:
@@ -344,15 +395,12 @@ class Step:
             self._eager.clear()
         self._eager.add(key)
 
-    def _failed(self, key: Any, error: Exception, batch: tuple[Any, ...]) -> Any:
-        if self.settings.on_failure == "raise":
-            if isinstance(error, (CaptureError, UnsupportedOperationError)):
-                raise error
-            raise CaptureError(f"{self.name} cannot become a program: {reason_of(error)}") from error
-        result = self._eagerly(batch)  # which raises what is wrong with the step itself
-        self._run_eagerly_from_now_on(key)
-        self._tell(f"it cannot become a program: {reason_of(error)}")
-        return result
+    def _note_failure(self, key: Any) -> None:
+        """Remembers and tells that a program could not be made."""
+        error, self._failure = self._failure, None
+        if error is not None:
+            self._run_eagerly_from_now_on(key)
+            self._tell(f"it cannot become a program: {reason_of(error)}")
 
     def _tell(self, reason: str) -> None:
         if reason not in self._told:
@@ -443,7 +491,7 @@ class Step:
             told=made["told"],
             refreshing=method is not None,
             autocast=key[4][0] is not None,
-            changes=0 if settings.backend == "eager" else n + m + 2 * len(count_of) if update is not None else 0,
+            changes=slice(n if update is None else 0, n + m + 2 * len(count_of)),
         )
 
 
