@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.distributions import Distribution
 
 from hesscale_lightning.curvature import engine
 from hesscale_lightning.curvature.gradient_hooks import note_registrations
@@ -81,11 +82,14 @@ def _capturing() -> Iterator[None]:
         stack.enter_context(torch.compiler._compile_session_context())
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))  # backward where tracing is
         stack.enter_context(torch.random.fork_rng(devices=[]))
+        validates = Distribution._validate_args
+        Distribution.set_default_validate_args(False)  # it looks at entries
         note_registrations()
         structures, engine._structures = engine._structures, _structures
         try:
             yield
         finally:
+            Distribution.set_default_validate_args(validates)
             engine._structures = structures
             _structures.clear()
             torch.clear_autocast_cache()  # of casts of fake weights

@@ -196,6 +196,11 @@ class Step:
             return self._eagerly(batch, key)
         return self._run(program, inputs, update)
 
+    def eagerly(self, *batch: Any) -> Any:
+        """The same step without a program; for once, for example to look at ``p.hess_diag`` from a hook."""
+        self._read_state()
+        return self._eagerly(batch, None)
+
     def compute(self, *batch: Any) -> Computed | None:
         """Runs the program for a batch and hands nothing out; for a step without an optimizer.
 
@@ -221,14 +226,7 @@ class Step:
 
     def _look_up(self, batch: tuple[Any, ...]) -> tuple[Any, _Program | None, list[Tensor], Update | None]:
         """The key of a step, the program for it, None if it is to run eagerly, and what the program takes."""
-        if self._root is None:
-            self._root = _Root(self._modules)
-            self._state = ModuleState(self._root)
-        state = self._state
-        if state.changed():
-            self._programs.clear()
-            self._eager.clear()
-            self._update = None
+        state = self._read_state()
         leaves, spec = flatten(batch)
         optimizer, update, updating = self.optimizer, None, None
         averages: list[Tensor] = []
@@ -265,6 +263,16 @@ class Step:
                 else:
                     raise CaptureError(f"{self.name} cannot become a program: {reason_of(error)}") from error
         return key, program, inputs, update
+
+    def _read_state(self) -> ModuleState:
+        if self._root is None:
+            self._root = _Root(self._modules)
+            self._state = ModuleState(self._root)
+        if self._state.changed():
+            self._programs.clear()
+            self._eager.clear()
+            self._update = None
+        return self._state
 
     # -- running
 

@@ -33,7 +33,7 @@ def can_be_captured(optimizer: Optimizer | None) -> bool:
     """Whether an optimizer's update can be part of a program. Hooks on its step need a step to be called on."""
     return (
         type(optimizer) is AdaHesScale
-        and not optimizer._optimizer_step_pre_hooks
+        and all(getattr(hook, "may_be_skipped", False) for hook in optimizer._optimizer_step_pre_hooks.values())
         and not optimizer._optimizer_step_post_hooks
         and not any(group["capturable"] for group in optimizer.param_groups)
     )
@@ -57,6 +57,11 @@ class Update:
         #: The same in one list.
         self.order = [k for members in self.members for k in members]
         self._options = [name for name in optimizer.defaults if name not in _CHANGING]
+        #: By param group, the positions of those that tell by which factor gradients were clipped.
+        self._probed = [
+            [position[id(probe.param)] for probe in probes if id(probe.param) in position]
+            for probes in optimizer._rescaling._probes
+        ]
         self._states: list[dict[str, Tensor]] = []
         self._params = params
         self._one = torch.ones(())
@@ -193,7 +198,12 @@ class Update:
                 }
                 found.append((params[k], grads[k], diagonals[k]))
                 place += 1
-            record = stand_in._update_group(options, GroupScale(1.0 if factor is None else factor, 1.0), found)
+            clipping: float | Tensor = 1.0
+            if factor is not None:  # as far as the parameters tell of it that the optimizer looks at
+                told_by = [grads[k] for k in self._probed[g]]
+                telling = sum((grad != 0).sum() for grad in told_by if grad is not None)
+                clipping = factor.where(torch.as_tensor(telling, device=device) > 0, 1.0)
+            record = stand_in._update_group(options, GroupScale(clipping, 1.0), found)
             rule = record.rule._replace(clipping=(1.0, 1.0))
             records.append(replace(record, batches=(), rule=rule, size=1.0, scale=1.0, clipping=1.0))
             told = [record.size, record.scale, record.clipping]
