@@ -7,7 +7,7 @@ curvature as `compile_step` runs it, with what it does around its program; the *
 `method=None`. A *training step* is all of that and the update: eagerly with Adam, and compiled with AdaHesScale in the
 program. *Making it* is the first step of a process, which captures and compiles it: with Inductor's cache empty, and
 once more, in a later process, with what that left there. *Guards* is what a step costs apart from its program and from
-handing out the results.
+handing out the results. The second table is `train()` of PPO and A2C over that of Stable-Baselines3 with Adam.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from stable_baselines3 import A2C, PPO
 from torch import nn
 
+import sb3_integration as policies
 from benchmarks.curvature import WORKLOADS as ALL
 from benchmarks.curvature import Workload
+from benchmarks.sb3_train import CASES, Case, models
 from benchmarks.timing import Ratio, peak_bytes, ratios, write_table
 from hesscale_lightning import AdaHesScale, attach, compile_step
 from hesscale_lightning.compiled_step import Step
@@ -141,6 +144,22 @@ def measure(workload: Workload, target: float, seconds: float) -> dict[str, Any]
     }
 
 
+def measure_training(case: Case, seconds: float) -> str:
+    """A row: `train()` of Stable-Baselines3 with Adam, of the same with AdaHesScale, and of the compiled algorithm."""
+    compiled_class: Any = {PPO: policies.CompiledPPO, A2C: policies.CompiledA2C}[case.algorithm]  # type: ignore[index]
+    compiled_class.compile_step_options = {"silent": True, "on_failure": "raise"}
+    plain, _, hesscale = models(case)
+    compiled = compiled_class(case.policy, case.environment, seed=0, device="cpu", **case.kwargs)
+    compiled.learn(case.collect)
+    variants = [lambda m=m: case.train(m) for m in (plain, hesscale, compiled)]
+    timed = ratios(variants, seconds, warm_up=1)
+    bonus = " with entropy bonus" if "ent_coef" in case.kwargs else ""
+    return (
+        f"| {case.algorithm.__name__} on {case.environment}{bonus} | {timed[0].baseline_us / 1000:.1f} ms | {timed[1]} "
+        f"| {timed[2]} | 0.70 |"
+    )
+
+
 def table(results: list[dict[str, Any]]) -> str:
     lines = [
         "| network | gradient | eager step over gradient | compiled step over gradient | to reach "
@@ -175,6 +194,11 @@ def main() -> None:
         print(make(next(w for w, _ in WORKLOADS if w.name == args.make)))
         return
     print("Median (quartiles) of interleaved rounds, one thread.\n")
+    rows = ["| `train()` | plain, Adam | AdaHesScale | AdaHesScale, compiled | to reach |", "|---|---|---|---|---|"]
+    for case in CASES:
+        if case.algorithm in (PPO, A2C) and args.only in f"{case.algorithm.__name__} {case.environment}":
+            rows.append(measure_training(case, args.seconds))
+            print(rows[-1], flush=True)
     results = []
     for workload, target in WORKLOADS:
         if args.only in workload.name:
@@ -183,6 +207,7 @@ def main() -> None:
     print("\n" + table(results))
     if args.write:
         write_table(args.write, "compiled_step", table(results))
+        write_table(args.write, "compiled_train", "\n".join(rows))
     if args.json:
         args.json.write_text(json.dumps(results, indent=1, default=vars) + "\n")
 
