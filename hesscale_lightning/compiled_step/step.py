@@ -331,7 +331,6 @@ class Step:
             if getattr(p, "hess_diag", None) is not None:
                 p.hess_diag = None  # type: ignore[attr-defined]
 
-    @torch.no_grad()
     def _hand_out(self, program: _Program, grads: Sequence[Tensor], diagonals: Sequence[Tensor]) -> None:
         """Adds to ``p.grad`` and ``p.hess_diag``, as backward would."""
         params = self._state.params
@@ -342,7 +341,8 @@ class Step:
                 p.grad = g
                 fresh.add(k)
             else:
-                p.grad.add_(g)
+                with torch.no_grad():
+                    p.grad.add_(g)
         for k, h in zip(program.diagonals, diagonals, strict=True):
             p = params[k]
             earlier = None if k in fresh else getattr(p, "hess_diag", None)

@@ -40,7 +40,7 @@ def can_be_captured(optimizer: Optimizer | None) -> bool:
 
 
 class Update:
-    """One optimizer's update of some parameters, which all receive a gradient.
+    """One optimizer's update of the parameters that require grad, which must all receive one.
 
     Args:
         optimizer: The optimizer.
@@ -52,7 +52,8 @@ class Update:
         self.optimizer = optimizer
         #: By param group, the positions of its parameters among the step's.
         self.members = [
-            [position[id(p)] for p in group["params"] if id(p) in position] for group in optimizer.param_groups
+            [position[id(p)] for p in group["params"] if id(p) in position and p.requires_grad]
+            for group in optimizer.param_groups
         ]
         #: The same in one list.
         self.order = [k for members in self.members for k in members]
@@ -65,15 +66,13 @@ class Update:
         self._states: list[dict[str, Tensor]] = []
         self._params = params
         self._one = torch.ones(())
-        self._groups = [(id(group), len(group["params"])) for group in optimizer.param_groups]
+        self._groups = _groups(optimizer)
 
     # -- on the host
 
     def belongs_to(self, optimizer: Optimizer) -> bool:
         """Whether it is the update of this optimizer and of the param groups that it has now."""
-        return optimizer is self.optimizer and self._groups == [
-            (id(group), len(group["params"])) for group in optimizer.param_groups
-        ]
+        return optimizer is self.optimizer and self._groups == _groups(optimizer)
 
     @property
     def held(self) -> set[int]:
@@ -211,6 +210,10 @@ class Update:
                 told += options[CLIPPING_KEY]
             results += [torch.as_tensor(x, dtype=torch.float64, device=device).clone() for x in told]
         return results, records
+
+
+def _groups(optimizer: Optimizer) -> list[tuple[int, list[bool]]]:
+    return [(id(group), [p.requires_grad for p in group["params"]]) for group in optimizer.param_groups]
 
 
 class _Records:

@@ -171,6 +171,23 @@ def test_param_groups_of_their_own_options_and_networks():
         torch.testing.assert_close(optimizer.stats[key], value.to(optimizer.stats[key].dtype), rtol=1e-5, atol=1e-9)
 
 
+def test_parameters_of_the_optimizer_that_are_frozen_and_thawed():
+    case = BY_NAME["mlp"]
+    module, reference = case.build(), case.build()
+    optimizer, eager = AdaHesScale(module.parameters()), AdaHesScale(reference.parameters())
+    step = compile_step(module, loss_fn, optimizer=optimizer, **CAPTURED)
+    for seed, required in enumerate([False, False, True, True, False, True]):
+        for m in (module, reference):
+            m[2].requires_grad_(required)
+        x, y = case.batch(seed)
+        step(x, y)
+        eager.zero_grad()
+        eager_step(reference, x, y)
+        eager.step()
+    clear(reference)
+    assert_same(module, reference)
+
+
 def test_learning_rate_may_change_at_every_step_and_other_options_get_a_program():
     case = BY_NAME["mlp"]
     module, reference = case.build(), case.build()
