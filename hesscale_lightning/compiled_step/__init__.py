@@ -40,7 +40,7 @@ def compile_step(
 
     with the diagonal ``h`` of :func:`hesscale_lightning.attach`: what ``attach(L); L.backward()`` would do, up to
     rounding. The first step with a batch of some shape captures all its operations and has Inductor compile them, which
-    takes 5 to 60 s once, and 2 to 10 s in later processes, where Inductor's cache has them; all further steps run the
+    takes 5 to 60 s once, and 3 to 20 s in later processes, where Inductor's cache has them; all further steps run the
     program.
 
     There is one program for each combination of the batch's shapes, strides, dtypes and devices, its arguments that are

@@ -102,7 +102,7 @@ class Progress:
     def captured(self, operations: int, backend: str) -> None:
         """The graph is there, and is compiled next."""
         if backend == "inductor":
-            self.say(f"compiling {operations} operations with Inductor: 5 to 60 s, 2 to 10 s where its cache has them")
+            self.say(f"compiling {operations} operations with Inductor: 5 to 60 s, 3 to 20 s where its cache has them")
 
     def ready(self) -> None:
         """The program is there."""
