@@ -64,6 +64,7 @@ bench: $(STAMP)  ## measure the cost of curvature, in time and memory, and of an
 	$(BIN)/python -m benchmarks.lightning_step
 	$(BIN)/python -m benchmarks.rank_one
 	$(BIN)/python -m benchmarks.sb3_train
+	$(BIN)/python -m benchmarks.compiled_step
 
 clean:  ## remove what runs leave behind, keep .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis lightning_logs outputs

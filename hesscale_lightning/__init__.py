@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hesscale_lightning._version import __version__
+from hesscale_lightning.compiled_step import CaptureError, compile_step
 from hesscale_lightning.curvature import (
     UnsupportedOperationError,
     attach,
@@ -21,6 +22,7 @@ from hesscale_lightning.optim import AdaHesScale, CalibratedRadius, StepSizeScal
 
 if TYPE_CHECKING:
     from hesscale_lightning.callback import HesScaleCallback
+    from hesscale_lightning.compiled_training import CompiledStepMixin
     from hesscale_lightning.data import DiabetesDataModule, DigitsDataModule, MNIST1DDataModule
     from hesscale_lightning.metrics import (
         CurvatureAuditError,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 # name -> module that defines it; imported on first access, because these modules import lightning or torchmetrics
 _LAZY = {
+    "CompiledStepMixin": "hesscale_lightning.compiled_training",
     "HesScaleCallback": "hesscale_lightning.callback",
     "HesScaleModule": "hesscale_lightning.module",
     "DiabetesDataModule": "hesscale_lightning.data",
@@ -58,6 +61,8 @@ _LAZY = {
 __all__ = [
     "AdaHesScale",
     "CalibratedRadius",
+    "CaptureError",
+    "CompiledStepMixin",
     "CurvatureAuditError",
     "CurvatureHistogram",
     "CurvatureLayerShares",
@@ -78,6 +83,7 @@ __all__ = [
     "__version__",
     "attach",
     "backward",
+    "compile_step",
     "coverage",
     "exact_hess_diag",
     "register_rule",

@@ -172,6 +172,16 @@ class HesScaleCallback(Callback):
         """
         return step % self.every_n_steps == 0
 
+    @property
+    def refreshing(self) -> bool:
+        """Whether the step that is going on is to have a diagonal."""
+        return self._refreshing
+
+    @property
+    def needs_graph(self) -> bool:
+        """Whether the step that is going on needs the graph of its loss, which a compiled step does not have."""
+        return self._auditing or bool(self._skipped)
+
     # -- the trainer's hooks
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -237,8 +247,8 @@ class HesScaleCallback(Callback):
         # of zero_grad and only our own optimizers clear it themselves.
         clear_diagonals(p for p in parameters if p.grad is None)
         self._detach()
-        if not self._refreshing:
-            return
+        if not self._refreshing or getattr(pl_module, "curvature_is_compiled", False):
+            return  # a compiled step brings its curvature with it
         if self._audit is not None and self._auditing:
             if self.on_unsupported == "skip":  # find out for which parameters there will be no diagonal
                 self._attach(loss, parameters, pl_module)

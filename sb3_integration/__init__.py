@@ -7,6 +7,7 @@ PPO(HesScaleActorCriticPolicy, "CartPole-v1").learn(50_000)
 """
 
 from sb3_integration.callback import HesScaleLoggingCallback
+from sb3_integration.compiled import CompiledA2C, CompiledPPO
 from sb3_integration.policies import (
     HesScaleActionValueMixin,
     HesScaleActorCriticCnnPolicy,
@@ -26,6 +27,8 @@ from sb3_integration.policies import (
 )
 
 __all__ = [
+    "CompiledA2C",
+    "CompiledPPO",
     "HesScaleActionValueMixin",
     "HesScaleActorCriticCnnPolicy",
     "HesScaleActorCriticMixin",

@@ -18,18 +18,22 @@ class CurvatureStatistics:
 
     def __init__(self) -> None:
         self._values: dict[Optimizer, list[dict[str, Tensor]]] = {}
-        self._requested = False
+        self.requested = False
         self._answered: set[Optimizer] = set()
 
     def request(self) -> None:
         """Asks for the next step of every optimizer."""
-        self._requested = True
+        self.requested = True
         self._answered.clear()
+
+    def awaits(self, optimizer: Optimizer) -> bool:
+        """Whether the diagonals of this optimizer's next step are to be looked at."""
+        return self.requested and optimizer not in self._answered
 
     @torch.no_grad()
     def take(self, optimizer: Optimizer) -> None:
         """Looks at the diagonals that wait for this optimizer's step, if that was asked for."""
-        if self._requested and optimizer not in self._answered:
+        if self.awaits(optimizer):
             self._answered.add(optimizer)
             self._values[optimizer] = [_describe(group) for group in optimizer.param_groups]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,6 +72,7 @@ class LossSeam:
         self.method = method
         self.statistics = CurvatureStatistics()
         self._tagged: type[_TaggedTensor] | None = None
+        self._tagging = True
 
     def __getstate__(self) -> dict[str, Any]:
         return {"policy": self.policy, "method": self.method}
@@ -80,11 +82,20 @@ class LossSeam:
 
     def tag(self, output: Any) -> Any:
         """Tags an output of the policy's networks, in place; what does not require grad stays as it is."""
-        if type(output) is Tensor and output.requires_grad:
+        if self._tagging and type(output) is Tensor and output.requires_grad:
             if self._tagged is None:
                 self._tagged = type("TaggedTensor", (_TaggedTensor,), {"_seam": weakref.ref(self)})
             output.__class__ = self._tagged
         return output
+
+    @contextmanager
+    def without_tags(self) -> Iterator[None]:
+        """Tags nothing, where somebody else attaches the loss."""
+        before, self._tagging = self._tagging, False
+        try:
+            yield
+        finally:
+            self._tagging = before
 
     def attach(self, loss: Tensor) -> Any:
         """Arms the loss for the optimizers between ``zero_grad()`` and ``step()``; None if there are none."""
@@ -109,6 +120,8 @@ class LossSeam:
                 if param.grad is not None and getattr(param, "hess_diag", None) is None:
                     raise self._no_curvature(optimizer, group["param_names"][k] if "param_names" in group else str(k))
         self.statistics.take(optimizer)
+
+    _before_step.may_be_skipped = True  # type: ignore[attr-defined]  # by a program, which gives every diagonal itself
 
     def _no_curvature(self, optimizer: Optimizer, name: str) -> RuntimeError:
         return RuntimeError(

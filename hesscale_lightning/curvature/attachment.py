@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
+from hesscale_lightning.curvature.capturing import address_of
 from hesscale_lightning.curvature.gradient_hooks import Watch, ours, suspected
 from hesscale_lightning.curvature.graph import Node
 from hesscale_lightning.curvature.precision import HALF
@@ -76,7 +77,14 @@ class Attachment:
 
     def watched(self, loss: Tensor, nodes: Sequence[Node]) -> None:
         """Puts the hooks on the graph, and where others may be, hooks that tell whether these change a gradient."""
-        watch = Watch(loss) if suspected(nodes) else None
+        watch = None
+        if suspected(nodes):
+            if torch.compiler.is_compiling():  # there are no gradients to compare
+                raise RuntimeError(
+                    "the step puts a hook on a tensor or module (register_hook, register_full_backward_hook), of which "
+                    "cannot be told whether it changes a gradient"
+                )
+            watch = Watch(loss)
         self.arm()
         self._watch = watch
         ours(len(self._handles) + (0 if watch is None else watch.registered))
@@ -162,11 +170,11 @@ class Attachment:
                 or (dtype := h.dtype) is not tensor.dtype
                 or dtype in HALF
                 or h.shape != tensor.shape
-                or (cell not in own and h.data_ptr() in taken)
+                or (cell not in own and address_of(h) in taken)
             ):
                 h = _laid_out_like(tensor, h)
             elif cell not in own:  # an operation may hand one tensor to several inputs
-                taken.add(h.data_ptr())
+                taken.add(address_of(h))
             if cell in fresh:
                 tensor.hess_diag = h
             else:

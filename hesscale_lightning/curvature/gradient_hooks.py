@@ -47,11 +47,15 @@ class Registrations:
         Args:
             nodes: All nodes between the loss and the wanted tensors.
         """
+        self.note()
+        return bool(min(map(_age, nodes)) <= self._latest)
+
+    def note(self) -> None:
+        """Takes note of the registrations so far, none of which can be of hooks in graphs that are yet to be made."""
         if RemovableHandle.next_id != self._seen:
             self._seen = RemovableHandle.next_id
             with torch.enable_grad():
                 self._latest = _age((_one * 1).grad_fn)
-        return bool(min(map(_age, nodes)) <= self._latest)
 
     def ours(self, count: int) -> None:
         """Takes ``count`` registrations since the last question for this package's own."""
@@ -60,6 +64,7 @@ class Registrations:
 
 _registrations = Registrations()
 suspected = _registrations.suspected
+note_registrations = _registrations.note
 ours = _registrations.ours
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hesscale_lightning.curvature.capturing import entry_of
 from hesscale_lightning.curvature.graph import AccumulateGrad, Node
 from hesscale_lightning.curvature.precision import HALF
 from hesscale_lightning.curvature.values import ZERO, Value
@@ -166,7 +167,7 @@ def as_number(x: Tensor | None) -> float | None:
     """The number that torch has kept as a tensor; None if it is none, or zero, by which Python does not divide."""
     if x is None or x.dim() or x.device.type != "cpu" or x.requires_grad:
         return None
-    return float(x) or None
+    return entry_of(x) or None
 
 
 def saved_by(node: Node, name: str | int) -> Any:

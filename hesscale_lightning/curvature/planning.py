@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hesscale_lightning.curvature.capturing import entry_of, on_real_tensors
 from hesscale_lightning.curvature.complex_numbers import leads_out, refuse_complex
 from hesscale_lightning.curvature.composite import Joiner
 from hesscale_lightning.curvature.composite_formula import carry_of
@@ -116,7 +117,8 @@ def make_plan(
         if rule.check is not None:
             rule.check(op)
         if rule.prepare is not None:
-            op.prepared = rule.prepare(Operation(node, node.next_functions, op.needs, op.transposed, method))
+            bare = Operation(node, node.next_functions, op.needs, op.transposed, method)
+            op.prepared = on_real_tensors(rule.prepare, bare)
         if position in absorbed:
             continue
         inputs, needs = edges[node], op.needs
@@ -210,7 +212,7 @@ def weight_of(node: Node) -> float | None:
     number = node._saved_other
     if number is None or not number.is_cpu or number.dim() or number.requires_grad:
         return None
-    return float(number)
+    return entry_of(number)
 
 
 def has_weight_zero(node: Node) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from hesscale_lightning.curvature.capturing import address_of
 from hesscale_lightning.curvature.graph import AccumulateGrad, Edge, Node
 from hesscale_lightning.curvature.operation import Operation, as_number, carried, saved_by, signed
 from hesscale_lightning.curvature.precision import HALF
@@ -319,7 +320,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
         and a.dtype is b.dtype
         and a.stride() == b.stride()
         and a.device == b.device
-        and a.data_ptr() == b.data_ptr()
+        and address_of(a) == address_of(b)
     )
 
 

@@ -38,4 +38,6 @@ def clipping_weights(
         hess_sum = beta2 * beside(hess_sum, clipping) + (1 - beta2) * weight
         hess_weight = beta2 * hess_weight + (1 - beta2)
     group[CLIPPING_KEY] = (grad_sum, grad_weight, hess_sum, hess_weight)
+    if isinstance(hess_weight, Tensor):  # in a program that is being captured
+        return grad_sum / grad_weight, (hess_sum / hess_weight).where(hess_weight > 0, 1.0)
     return grad_sum / grad_weight, hess_sum / hess_weight if hess_weight else 1.0

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hesscale_lightning.curvature.capturing import on_real_tensors
 from hesscale_lightning.curvature.operation import Operation
 from hesscale_lightning.curvature.registry import register_rule
 from hesscale_lightning.curvature.values import Value, opaque
@@ -92,7 +93,7 @@ def avg_pool(op: Operation, h: Value) -> Value:
 
 @opaque
 def _of_windows(name: str, sizes: tuple[int, ...], settings: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _coefficients_of_windows(name, tuple(sizes), settings, dtype, device)
+    return on_real_tensors(_coefficients_of_windows, name, tuple(sizes), settings, dtype, device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -122,7 +123,7 @@ def adaptive_avg_pool(op: Operation, h: Value) -> Value:
 def _of_adaptive_windows(
     inputs: tuple[int, ...], outputs: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    return _coefficients_of_adaptive_windows(inputs, outputs, dtype, device)
+    return on_real_tensors(_coefficients_of_adaptive_windows, inputs, outputs, dtype, device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -162,7 +163,7 @@ def interpolate(op: Operation, h: Value) -> Value:
 
 @opaque
 def _through_axes(h: Tensor, name: str, axes: tuple[tuple[int, int, float | None], ...], align_corners: bool) -> Tensor:
-    *others, last = [_squared_factors(name, *axis, align_corners, h.dtype, h.device) for axis in axes]
+    *others, last = [on_real_tensors(_squared_factors, name, *axis, align_corners, h.dtype, h.device) for axis in axes]
     h = h @ last.t()
     for axis in range(len(others), 0, -1):
         shape = h.shape

@@ -1,0 +1,260 @@
+"""AdaHesScale's update as part of a program.
+
+The optimizer's own code is captured: a stand-in for it, with the program's tensors for parameters and state, makes the
+step. What changes from step to step and is a number on the host (the learning rate, counts of steps, the averages of
+clipping factors) enters as one small tensor; what does not, the options, is in the program and in its key.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hesscale_lightning.compiled_step.capture import CaptureError
+from hesscale_lightning.optim import AdaHesScale
+from hesscale_lightning.optim.clipping_weights import CLIPPING_KEY, clipping_weights
+from hesscale_lightning.optim.gradient_rescaling import GroupScale
+from hesscale_lightning.optim.hyperparameters import learning_rate
+from hesscale_lightning.optim.normalized_update import Batch
+from hesscale_lightning.optim.parameter_state import new_state
+from hesscale_lightning.optim.step_record import StepRecord
+
+_CHANGING = frozenset({"lr", "lr_scale", "differentiable"})  # the last one is torch's, and comes with a loaded state
+_PER_GROUP = 5  # numbers on the host for each param group: the learning rate and four sums of clipping factors
+
+
+def can_be_captured(optimizer: Optimizer | None) -> bool:
+    """Whether an optimizer's update can be part of a program. Hooks on its step need a step to be called on."""
+    return (
+        type(optimizer) is AdaHesScale
+        and all(getattr(hook, "may_be_skipped", False) for hook in optimizer._optimizer_step_pre_hooks.values())
+        and not optimizer._optimizer_step_post_hooks
+        and not any(group["capturable"] for group in optimizer.param_groups)
+    )
+
+
+class Update:
+    """One optimizer's update of the parameters that require grad, which must all receive one.
+
+    Args:
+        optimizer: The optimizer.
+        params: The step's parameters, of which it updates those that it holds.
+    """
+
+    def __init__(self, optimizer: AdaHesScale, params: Sequence[Tensor]) -> None:
+        position = {id(p): k for k, p in enumerate(params)}
+        self.optimizer = optimizer
+        #: By param group, the positions of its parameters among the step's.
+        self.members = [
+            [position[id(p)] for p in group["params"] if id(p) in position and p.requires_grad]
+            for group in optimizer.param_groups
+        ]
+        #: The same in one list.
+        self.order = [k for members in self.members for k in members]
+        self._options = [name for name in optimizer.defaults if name not in _CHANGING]
+        #: By param group, the positions of those that tell by which factor gradients were clipped.
+        self._probed = [
+            [position[id(probe.param)] for probe in probes if id(probe.param) in position]
+            for probes in optimizer._rescaling._probes
+        ]
+        self._states: list[dict[str, Tensor]] = []
+        self._params = params
+        self._one = torch.ones(())
+        self._groups = _groups(optimizer)
+
+    # -- on the host
+
+    def belongs_to(self, optimizer: Optimizer) -> bool:
+        """Whether it is the update of this optimizer and of the param groups that it has now."""
+        return optimizer is self.optimizer and self._groups == _groups(optimizer)
+
+    @property
+    def held(self) -> set[int]:
+        """Positions of the parameters that are updated."""
+        return set(self.order)
+
+    def options(self) -> tuple[Any, ...]:
+        """What the program is made for."""
+        names = self._options
+        return tuple(
+            [
+                tuple([tuple(value) if isinstance(value := group[name], list) else value for name in names])
+                for group in self.optimizer.param_groups
+            ]
+        )
+
+    def prepare(self) -> tuple[list[Tensor], Tensor, tuple[int, ...]]:
+        """Looks up what the next step begins with.
+
+        Returns:
+            The averages of all parameters, which are inputs of the program and are changed by it; the numbers on the
+            host, of shape [5 groups + 2 pairs of counts], float64; for each parameter the pair of counts that is its.
+        """
+        state, params = self.optimizer.state, self._params
+        states = [state[params[k]] for k in self.order]
+        if not all(states):
+            for k in self.order:
+                if not state[params[k]]:
+                    state[params[k]] = new_state(params[k], capturable=False)
+            states = [state[params[k]] for k in self.order]
+        self._states = states
+        values: list[Any] = []
+        for group in self.optimizer.param_groups:
+            values.append(learning_rate(group))
+            values += group[CLIPPING_KEY]
+        known: dict[tuple[float, float], int] = {}
+        count_of = tuple([known.setdefault((s["step"].item(), s["hess_step"].item()), len(known)) for s in states])
+        for counts in known:
+            values += counts
+        averages = [s[name] for s in states for name in ("exp_avg", "exp_avg_hess")]
+        return averages, torch.tensor(values, dtype=torch.float64), count_of
+
+    def finish(
+        self, results: Sequence[Tensor], records: Sequence[StepRecord], *, refreshing: bool, clipping: bool
+    ) -> None:
+        """Counts the step, and notes what it did.
+
+        Args:
+            results: What :meth:`captured` returned.
+            records: The same.
+            refreshing: Whether there were diagonals.
+            clipping: Whether there was a bound on the gradient's norm.
+        """
+        optimizer = self.optimizer
+        names = ("step", "hess_step") if refreshing else ("step",)
+        torch._foreach_add_([s[name] for s in self._states for name in names], self._one, alpha=1.0)
+        width = 7 if clipping else 3
+        for k, group in enumerate(optimizer.param_groups):
+            if clipping:
+                group[CLIPPING_KEY] = tuple([x.item() for x in results[width * k + 3 : width * k + 7]])
+            else:
+                clipping_weights(group, 1.0, refreshing=refreshing)
+        optimizer._latest = _Records(self, results, records, width)  # type: ignore[assignment]
+        optimizer.awaits_diagonals = False
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # asked by learning rate schedules
+
+    # -- in the program
+
+    def captured(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        diagonals: Sequence[Tensor | None],
+        averages: Sequence[Tensor],
+        numbers: Tensor,
+        count_of: Sequence[int],
+        factor: Tensor | None,
+    ) -> tuple[list[Tensor], list[StepRecord]]:
+        """The update on the program's tensors: changes parameters and averages in place.
+
+        Args:
+            params: All the step's parameters.
+            grads: Their gradients, clipped already.
+            diagonals: Their diagonals, None in a step without.
+            averages: See :meth:`prepare`.
+            numbers: See :meth:`prepare`.
+            count_of: See :meth:`prepare`.
+            factor: What the gradients have been multiplied by to clip them; None without ``max_grad_norm``.
+
+        Returns:
+            For each group the step's size, the trust region's factor and the clipping factor, and if there is one the
+            four new sums of clipping factors; and the groups' records as far as every step has the same.
+        """
+        refreshing = any(h is not None for h in diagonals)
+        missing = [k for k in self.order if grads[k] is None or (refreshing and diagonals[k] is None)]
+        if missing:
+            raise CaptureError(
+                f"{len(missing)} of the optimizer's parameters receive no gradient from this loss, so that their "
+                "counts of steps would differ from the others'"
+            )
+        each = list(numbers.unbind())
+        counts = each[_PER_GROUP * len(self.members) :]
+        device = params[0].device
+        state: Any = defaultdict(dict)
+        place = 0
+        results: list[Tensor] = []
+        records: list[StepRecord] = []
+        stand_in = AdaHesScale.__new__(AdaHesScale)
+        stand_in.__dict__.update(state=state, _buffers={})
+        for g, (group, members) in enumerate(zip(self.optimizer.param_groups, self.members, strict=True)):
+            lr, *sums = (x.to(device) for x in each[_PER_GROUP * g : _PER_GROUP * (g + 1)])
+            options = {**group, "lr": lr, "lr_scale": 1.0, "capturable": True, "foreach": False}
+            options[CLIPPING_KEY] = tuple(sums)
+            found: Any = []
+            for k in members:
+                count = count_of[place]
+                state[params[k]] = {
+                    "step": counts[2 * count].to(device).clone(),
+                    "hess_step": counts[2 * count + 1].to(device).clone(),
+                    "exp_avg": averages[2 * place],
+                    "exp_avg_hess": averages[2 * place + 1],
+                }
+                found.append((params[k], grads[k], diagonals[k]))
+                place += 1
+            clipping: float | Tensor = 1.0
+            if factor is not None:  # as far as the parameters tell of it that the optimizer looks at
+                told_by = [grads[k] for k in self._probed[g]]
+                telling = sum((grad != 0).sum() for grad in told_by if grad is not None)
+                clipping = factor.where(torch.as_tensor(telling, device=device) > 0, 1.0)
+            record = stand_in._update_group(options, GroupScale(clipping, 1.0), found)
+            rule = record.rule._replace(clipping=(1.0, 1.0))
+            records.append(replace(record, batches=(), rule=rule, size=1.0, scale=1.0, clipping=1.0))
+            told = [record.size, record.scale, record.clipping]
+            if factor is not None:
+                told += options[CLIPPING_KEY]
+            results += [torch.as_tensor(x, dtype=torch.float64, device=device).clone() for x in told]
+        return results, records
+
+
+def _groups(optimizer: Optimizer) -> list[tuple[int, list[bool]]]:
+    return [(id(group), [p.requires_grad for p in group["params"]]) for group in optimizer.param_groups]
+
+
+class _Records:
+    """The records of the latest step, made when they are asked for."""
+
+    def __init__(self, update: Update, results: Sequence[Tensor], records: Sequence[StepRecord], width: int) -> None:
+        self._update = update
+        self._results = results
+        self._records = records
+        self._width = width
+
+    def __iter__(self) -> Iterator[StepRecord]:
+        update, place = self._update, 0
+        groups = zip(update.optimizer.param_groups, update.members, self._records, strict=True)
+        for g, (group, members, record) in enumerate(groups):
+            size, scale, clipping = (x.item() for x in self._results[self._width * g : self._width * g + 3])
+            batches = _batches([update._params[k] for k in members], update._states[place : place + len(members)])
+            place += len(members)
+            grad_sum, grad_weight, hess_sum, hess_weight = group[CLIPPING_KEY]
+            weights = grad_sum / grad_weight, hess_sum / hess_weight if hess_weight else 1.0
+            rule = record.rule._replace(clipping=weights)
+            yield replace(record, batches=batches, rule=rule, size=size, scale=scale, clipping=clipping)
+
+
+def _batches(params: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]) -> list[Batch]:
+    batches: dict[Any, Batch] = {}
+    for p, s in zip(params, states, strict=True):
+        counts = (s["step"].item(), s["hess_step"].item())
+        batch = batches.setdefault((p.device, p.dtype, counts), Batch(counts=counts))
+        batch.params.append(p)
+        batch.grad_averages.append(s["exp_avg"])
+        batch.curvature_averages.append(s["exp_avg_hess"])
+    return list(batches.values())
+
+
+def clip(grads: Sequence[Tensor], max_norm: float) -> tuple[list[Tensor], Tensor]:
+    """Gradients clipped as by :func:`torch.nn.utils.clip_grad_norm_`, and the factor of it.
+
+    The factor is 1 where it is no number, as in :mod:`hesscale_lightning.optim.gradient_rescaling`.
+    """
+    total = torch.nn.utils.get_total_norm(list(grads))
+    factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+    told = factor.where(factor.isfinite() & (factor > 0), 1.0)
+    return [g * factor.to(g.dtype) for g in grads], told

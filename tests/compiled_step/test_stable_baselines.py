@@ -1,0 +1,100 @@
+"""Compiled PPO and A2C make the updates and log the values of Stable-Baselines3's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.logger import Logger
+
+from sb3_integration import (
+    CompiledA2C,
+    CompiledPPO,
+    HesScaleActorCriticPolicy,
+    HesScaleLoggingCallback,
+)
+
+CAPTURED = {"backend": "eager", "on_failure": "raise", "silent": True}
+
+
+class Kept(Logger):
+    """Keeps what was recorded last under each key."""
+
+    def __init__(self) -> None:
+        super().__init__(None, [])
+        self.values: dict[str, Any] = {}
+
+    def record(self, key: str, value: Any, exclude: Any = None) -> None:
+        self.values[key] = value
+
+
+def trained(cls: Any, policy: Any, environment: str, steps: int, **options: Any) -> tuple[Any, dict[str, Any]]:
+    callback = options.pop("callback", None)
+    model = cls(policy, environment, seed=0, device="cpu", **options)
+    model.compile_step_options = CAPTURED
+    logger = Kept()
+    model.set_logger(logger)
+    model.learn(steps, callback=callback() if callback else None)
+    return model, logger.values
+
+
+ADAM = {"policy_kwargs": {"optimizer_class": torch.optim.Adam}}
+CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "ppo": (PPO, CompiledPPO, {}),
+    "ppo, entropy and clipped values": (PPO, CompiledPPO, {"ent_coef": 0.01, "clip_range_vf": 0.2}),
+    "ppo, schedules": (
+        PPO,
+        CompiledPPO,
+        {"clip_range": lambda left: 0.1 + 0.1 * left, "learning_rate": lambda left: 1e-3 * left},
+    ),
+    "ppo, target_kl": (PPO, CompiledPPO, {"target_kl": 1e-4, "learning_rate": 0.01}),
+    "ppo, short batches": (PPO, CompiledPPO, {"batch_size": 48}),
+    "ppo, logged": (PPO, CompiledPPO, {"callback": HesScaleLoggingCallback}),
+    "ppo, adam": (PPO, CompiledPPO, ADAM),
+    "a2c": (A2C, CompiledA2C, {}),
+    "a2c, entropy": (A2C, CompiledA2C, {"ent_coef": 0.01, "normalize_advantage": True}),
+    "a2c, adam": (A2C, CompiledA2C, ADAM),
+}
+
+
+@pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
+@pytest.mark.parametrize("environment", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize("name", CASES)
+def test_first_updates_and_logged_values_are_those_of_the_uncompiled_algorithm(name, environment):
+    plain, compiled, options = CASES[name]
+    if plain is PPO:
+        options = {"n_steps": 128, "n_epochs": 2, "batch_size": 64, **options}
+    steps = 256 if plain is PPO else 30
+    eager, expected = trained(plain, HesScaleActorCriticPolicy, environment, steps, **options)
+    model, values = trained(compiled, HesScaleActorCriticPolicy, environment, steps, **options)
+    for (key, p), q in zip(model.policy.named_parameters(), eager.policy.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=2e-6, msg=lambda m, key=key: f"{key}: {m}")
+    assert set(values) == set(expected)
+    for key, value in expected.items():
+        if key.startswith(("train/", "hesscale/")):
+            assert values[key] == pytest.approx(value, rel=2e-3, abs=1e-5), key
+    assert model._n_updates == eager._n_updates
+    assert all(step.programs == 1 for step in model._steps.values())
+
+
+def test_stable_baselines_own_policy_is_compiled_without_curvature():
+    eager, _ = trained(PPO, "MlpPolicy", "CartPole-v1", 128, n_steps=128, n_epochs=2)
+    model, _ = trained(CompiledPPO, "MlpPolicy", "CartPole-v1", 128, n_steps=128, n_epochs=2)
+    for p, q in zip(model.policy.parameters(), eager.policy.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+        assert getattr(p, "hess_diag", None) is None
+
+
+def test_a_saved_model_goes_on(tmp_path):
+    model, _ = trained(CompiledPPO, HesScaleActorCriticPolicy, "CartPole-v1", 128, n_steps=64, n_epochs=1)
+    model.save(tmp_path / "model")
+    loaded = CompiledPPO.load(tmp_path / "model", env=model.get_env(), device="cpu")
+    loaded.compile_step_options = CAPTURED
+    before = [p.detach().clone() for p in loaded.policy.parameters()]
+    loaded.learn(64)
+    assert any(not torch.equal(p, q) for p, q in zip(loaded.policy.parameters(), before, strict=True))
+    plain = PPO.load(tmp_path / "model", device="cpu")
+    for p, q in zip(plain.policy.parameters(), before, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0)
