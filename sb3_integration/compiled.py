@@ -108,7 +108,8 @@ class CompiledPPO(CompiledTrainingMixin, PPO):
     """PPO with compiled updates: the arguments, policies and logged values of ``stable_baselines3.PPO``.
 
     The policy's optimizer is part of the program if it is AdaHesScale, as with the policies of this package; others,
-    and all with ``target_kl``, which decides before each update, step after it. The first update takes 10 to 30 seconds
+    and all with ``target_kl``, which decides before each update, step after it. With a radius in nats the updates that
+    are measured run eagerly, every fourth and the first twenty (with ``target_kl`` all). The first update takes 10 to 30 seconds
     to compile, later processes find it in Inductor's cache. What cannot be captured runs as in PPO, with a warning.
 
     Example:
@@ -165,7 +166,10 @@ class CompiledPPO(CompiledTrainingMixin, PPO):
 
     def _gradient(self, *batch: Any) -> Tensor:
         self.policy.optimizer.zero_grad()
-        _, told = self._step(updates=False)(*batch)
+        step = self._step(updates=False)
+        # A radius in nats asks what was evaluated for the loss, and the optimizer steps by itself here.
+        measured = getattr(self.policy, "policy_radius", None) is not None
+        _, told = step.eagerly(*batch) if measured else step(*batch)
         result: Tensor = told
         return result
 

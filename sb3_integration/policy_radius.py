@@ -253,10 +253,10 @@ class PolicyRadius:
         ratios = [measured / allowed for measured, allowed in found if measured is not None and allowed]
         return max(ratios, default=None)
 
-    def loss(self) -> float:
+    def loss(self) -> float | Tensor:
         """The critic's loss on the latest minibatch; not a number where it has none."""
         loss = None if self._of_step is None else self._of_step.loss
-        return float("nan") if loss is None else float(loss)
+        return float("nan") if loss is None else loss
 
     def of_network(self, network: str, full_rate: float = 1.0) -> CalibratedRadius:
         """What ``delta`` is measured in for "actor", "critic" or "features"."""

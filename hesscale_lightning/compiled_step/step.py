@@ -31,7 +31,7 @@ from hesscale_lightning.compiled_step.guards import (
     unflatten,
 )
 from hesscale_lightning.compiled_step.programs import Backend, Progress, Runner, compile_graph
-from hesscale_lightning.compiled_step.update import Update, can_be_captured, clip
+from hesscale_lightning.compiled_step.update import Update, can_be_captured, clip, has_to_be_seen
 from hesscale_lightning.curvature.engine import METHODS, Method, attach
 from hesscale_lightning.curvature.registry import UnsupportedOperationError
 
@@ -191,6 +191,8 @@ class Step:
         Returns:
             The loss, detached; if the function returns a tuple, that tuple, all its tensors detached.
         """
+        if has_to_be_seen(self.optimizer):
+            return self.eagerly(*batch)
         key, program, inputs, update = self._look_up(batch)
         if program is None:
             return self._eagerly(batch, key)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.optim import Optimizer
 
 from hesscale_lightning.compiled_step.capture import CaptureError
@@ -21,12 +22,16 @@ from hesscale_lightning.optim import AdaHesScale
 from hesscale_lightning.optim.clipping_weights import CLIPPING_KEY, clipping_weights
 from hesscale_lightning.optim.gradient_rescaling import GroupScale
 from hesscale_lightning.optim.hyperparameters import learning_rate
-from hesscale_lightning.optim.normalized_update import Batch
+from hesscale_lightning.optim.normalized_update import Batch, mean_curvature
 from hesscale_lightning.optim.parameter_state import new_state
+from hesscale_lightning.optim.radius import CALIBRATION_KEY, UNCALIBRATED, Regions, calibration
 from hesscale_lightning.optim.step_record import StepRecord
 
 _CHANGING = frozenset({"lr", "lr_scale", "differentiable"})  # the last one is torch's, and comes with a loaded state
-_PER_GROUP = 5  # numbers on the host for each param group: the learning rate and four sums of clipping factors
+# Numbers on the host for each param group: the learning rate, four sums of clipping factors, and of a measured radius
+# one over the calibration and the two sums that its average unit is made of.
+_PER_GROUP = 8
+_TOLD = 5  # numbers that a program returns for each param group, without the sums of clipping factors
 
 
 def can_be_captured(optimizer: Optimizer | None) -> bool:
@@ -36,7 +41,53 @@ def can_be_captured(optimizer: Optimizer | None) -> bool:
         and all(getattr(hook, "may_be_skipped", False) for hook in optimizer._optimizer_step_pre_hooks.values())
         and not optimizer._optimizer_step_post_hooks
         and not any(group["capturable"] for group in optimizer.param_groups)
+        and not any(
+            radius is not None and group["weight_decay"]
+            for group, radius in zip(optimizer.param_groups, optimizer.radii, strict=True)
+        )
     )
+
+
+def has_to_be_seen(optimizer: Optimizer | None) -> bool:
+    """Whether the next step has to run eagerly, because its radius measures what the loss was computed from."""
+    if optimizer is None or not any(getattr(optimizer, "radii", ())):
+        return False
+    return not can_be_captured(optimizer) or optimizer._regions.measures_next(optimizer.param_groups)  # type: ignore[attr-defined]
+
+
+class _CapturedRegions(Regions):
+    """The trust regions in a program, in which what they know of earlier steps are tensors.
+
+    Args:
+        regions: The optimizer's.
+        known: By param group, one over the calibration and the sums of the average unit.
+    """
+
+    def __init__(self, regions: Regions, known: list[list[Tensor]]) -> None:
+        super().__init__(regions.key)
+        self.radii = regions.radii
+        self.known = known
+
+    def limit(self, index: int, group: dict[str, Any]) -> Any:
+        """As a scalar tensor where the radius is measured."""
+        radius, delta = self.radii[index], group[self.key]
+        if radius is None:
+            return delta
+        factor, units, weight = self.known[index]
+        if not callable(radius.unit):
+            return delta * radius.unit * factor
+        unit = radius.unit()
+        if type(unit) is not FakeTensor:
+            raise CaptureError(
+                "the unit of the optimizer's radius is a number on the host, which a program cannot ask for at every "
+                "step: return a tensor that is computed in the step"
+            )
+        unit = unit.to(units)
+        useful = (unit > 0) & unit.isfinite()
+        units = (radius.unit_decay * units + (1 - radius.unit_decay) * unit).where(useful, units)
+        weight = (radius.unit_decay * weight + (1 - radius.unit_decay)).where(useful, weight)
+        self.known[index] = [factor, units, weight]
+        return delta * units / weight * factor
 
 
 class Update:
@@ -82,10 +133,12 @@ class Update:
     def options(self) -> tuple[Any, ...]:
         """What the program is made for."""
         names = self._options
+        groups, radii = self.optimizer.param_groups, self.optimizer.radii
+        measured = [None if r is None else (id(r), r.full_rate, r.unit_decay) for r in radii]
         return tuple(
             [
-                tuple([tuple(value) if isinstance(value := group[name], list) else value for name in names])
-                for group in self.optimizer.param_groups
+                (*[tuple(value) if isinstance(value := group[name], list) else value for name in names], radius)
+                for group, radius in zip(groups, measured, strict=True)
             ]
         )
 
@@ -108,6 +161,8 @@ class Update:
         for group in self.optimizer.param_groups:
             values.append(learning_rate(group))
             values += group[CLIPPING_KEY]
+            *_, units, unit_weight = group.get(CALIBRATION_KEY, UNCALIBRATED)
+            values += [1 / (calibration(group) or 1.0), units, unit_weight]
         known: dict[tuple[float, float], int] = {}
         count_of = tuple([known.setdefault((s["step"].item(), s["hess_step"].item()), len(known)) for s in states])
         for counts in known:
@@ -129,12 +184,16 @@ class Update:
         optimizer = self.optimizer
         names = ("step", "hess_step") if refreshing else ("step",)
         torch._foreach_add_([s[name] for s in self._states for name in names], self._one, alpha=1.0)
-        width = 7 if clipping else 3
+        width = _TOLD + (4 if clipping else 0)
         for k, group in enumerate(optimizer.param_groups):
             if clipping:
-                group[CLIPPING_KEY] = tuple([x.item() for x in results[width * k + 3 : width * k + 7]])
+                group[CLIPPING_KEY] = tuple([x.item() for x in results[width * k + _TOLD : width * (k + 1)]])
             else:
                 clipping_weights(group, 1.0, refreshing=refreshing)
+            if optimizer.radii[k] is not None:
+                steps, logs, weight, *_ = group.get(CALIBRATION_KEY, UNCALIBRATED)
+                units = [x.item() for x in results[width * k + 3 : width * k + _TOLD]]
+                group[CALIBRATION_KEY] = (steps + 1, logs, weight, *units)
         optimizer._latest = _Records(self, results, records, width)  # type: ignore[assignment]
         optimizer.awaits_diagonals = False
         optimizer._opt_called = True  # type: ignore[attr-defined]  # asked by learning rate schedules
@@ -163,8 +222,9 @@ class Update:
             factor: What the gradients have been multiplied by to clip them; None without ``max_grad_norm``.
 
         Returns:
-            For each group the step's size, the trust region's factor and the clipping factor, and if there is one the
-            four new sums of clipping factors; and the groups' records as far as every step has the same.
+            For each group the step's size, the trust region's factor and the clipping factor, the sums of the average
+            unit, and if there is clipping the four new sums of factors; and the groups' records as far as every step
+            has the same.
         """
         refreshing = any(h is not None for h in diagonals)
         missing = [k for k in self.order if grads[k] is None or (refreshing and diagonals[k] is None)]
@@ -181,11 +241,16 @@ class Update:
         results: list[Tensor] = []
         records: list[StepRecord] = []
         stand_in = AdaHesScale.__new__(AdaHesScale)
-        stand_in.__dict__.update(state=state, _buffers={})
+        of_groups = [
+            [x.to(device) for x in each[_PER_GROUP * g : _PER_GROUP * (g + 1)]] for g in range(len(self.members))
+        ]
+        regions = _CapturedRegions(self.optimizer._regions, [values[5:] for values in of_groups])
+        stand_in.__dict__.update(state=state, _buffers={}, _regions=regions, param_groups=[])
         for g, (group, members) in enumerate(zip(self.optimizer.param_groups, self.members, strict=True)):
-            lr, *sums = (x.to(device) for x in each[_PER_GROUP * g : _PER_GROUP * (g + 1)])
+            lr, *sums = of_groups[g][:5]
             options = {**group, "lr": lr, "lr_scale": 1.0, "capturable": True, "foreach": False}
             options[CLIPPING_KEY] = tuple(sums)
+            stand_in.param_groups.append(options)
             found: Any = []
             for k in members:
                 count = count_of[place]
@@ -202,10 +267,10 @@ class Update:
                 told_by = [grads[k] for k in self._probed[g]]
                 telling = sum((grad != 0).sum() for grad in told_by if grad is not None)
                 clipping = factor.where(torch.as_tensor(telling, device=device) > 0, 1.0)
-            record = stand_in._update_group(options, GroupScale(clipping, 1.0), found)
-            rule = record.rule._replace(clipping=(1.0, 1.0))
-            records.append(replace(record, batches=(), rule=rule, size=1.0, scale=1.0, clipping=1.0))
-            told = [record.size, record.scale, record.clipping]
+            record = stand_in._update_group(g, GroupScale(clipping, 1.0), found)
+            rule = record.rule._replace(clipping=(1.0, 1.0), floor=0.0)
+            records.append(replace(record, batches=(), rule=rule, size=1.0, scale=1.0, along=0.0, clipping=1.0))
+            told = [record.size, record.scale, record.clipping, *regions.known[g][1:]]
             if factor is not None:
                 told += options[CLIPPING_KEY]
             results += [torch.as_tensor(x, dtype=torch.float64, device=device).clone() for x in told]
@@ -235,6 +300,8 @@ class _Records:
             grad_sum, grad_weight, hess_sum, hess_weight = group[CLIPPING_KEY]
             weights = grad_sum / grad_weight, hess_sum / hess_weight if hess_weight else 1.0
             rule = record.rule._replace(clipping=weights)
+            if group["damping"]:
+                rule = rule._replace(floor=group["damping"] * mean_curvature(batches, rule))
             yield replace(record, batches=batches, rule=rule, size=size, scale=scale, clipping=clipping)
 
 

@@ -104,6 +104,10 @@ class CalibratedRadius:
         self.decay = decay
         self.unit_decay = unit_decay
 
+    def is_due(self, step: int) -> bool:
+        """Whether a step, counted from one, is measured."""
+        return step <= self.warmup or step % self.every == 0
+
 
 class Made(NamedTuple):
     """A step that was made: ``sum D u^2 / 2`` of it, and the part ``s`` that was taken of the proposal."""
@@ -168,6 +172,16 @@ class Regions:
         unit = average_unit(group) if callable(radius.unit) else radius.unit
         return math.inf if unit is None else float(group[self.key] * unit)
 
+    def measures_next(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the next step will be measured, or is the first of which something has to be known."""
+        for group, radius in zip(groups, self.radii, strict=True):
+            if radius is None:
+                continue
+            steps, _, weight, _, unit_weight = group.get(CALIBRATION_KEY, UNCALIBRATED)
+            if not weight or (callable(radius.unit) and not unit_weight) or radius.is_due(steps + 1):
+                return True
+        return False
+
     def observe(
         self, groups: Sequence[dict[str, Any]], made: Callable[[int], Made], rates: Sequence[float]
     ) -> dict[int, float]:
@@ -187,7 +201,7 @@ class Regions:
                 continue
             steps, logs, weight, *units = group.get(CALIBRATION_KEY, UNCALIBRATED)
             steps += 1
-            if steps <= radius.warmup or steps % radius.every == 0:
+            if radius.is_due(steps):
                 step, found = made(index), radius.measure()
                 model, measured = float(step.predicted), math.nan if found is None else float(found)
                 if _is_useful(measured) and _is_useful(model):
