@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -161,6 +162,23 @@ def test_the_value_of_the_learning_rate_does_not_matter(algorithm: Any) -> None:
         runs.append(torch.nn.utils.parameters_to_vector(model.policy.parameters()).detach())
     for run in runs[1:]:
         torch.testing.assert_close(run, runs[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_rate_beyond_its_schedule_takes_no_more_than_the_step_that_fits(copied: bool) -> None:
+    """Raised by hand, as ``model.learning_rate`` and ``lr_schedule`` can be at any time."""
+    runs = []
+    for rate in (1e-3, 0.1):
+        model = named("PPO-Box").build(learning_rate=1e-3)
+        np.random.seed(0)
+        model.learn(16)
+        if copied:
+            model.policy = pickle.loads(pickle.dumps(model.policy))
+        model.learning_rate = rate
+        model._setup_lr_schedule()
+        model.learn(16)
+        runs.append(torch.nn.utils.parameters_to_vector(model.policy.parameters()).detach())
+    torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-5)
 
 
 def test_its_schedule_anneals_the_steps() -> None:
