@@ -245,9 +245,11 @@ class PolicyRadius:
         found = []
         for group in self.policy.optimizer.param_groups:
             delta = group.get("delta", group.get("scaling_delta"))
-            if group["network"] == "actor":
+            if delta is None:
+                continue
+            if group.get("network") == "actor":
                 found.append((self.divergence(), delta))
-            elif group["network"] == "critic":
+            elif group.get("network") == "critic":
                 unit = average_unit(group)
                 found.append((self.value_change(), None if unit is None else delta * unit))
         ratios = [measured / allowed for measured, allowed in found if measured is not None and allowed]

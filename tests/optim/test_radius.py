@@ -180,6 +180,22 @@ def test_measures_that_say_nothing_change_nothing(useless: float | None) -> None
     assert optimizer.stats["calibration"] == pytest.approx(20)
 
 
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"measure": lambda: torch.ones(2)}, r"measure must return .*, got a tensor of shape \(2,\)"),
+        ({"measure": lambda: "far"}, "measure must return .*, got str"),
+        ({"unit": lambda: None}, "unit must return .*, got NoneType"),
+    ],
+)
+def test_what_is_no_number_is_refused(given: dict[str, Any], text: str) -> None:
+    problem = Problem()
+    optimizer = adahesscale(problem, 1e-3, CalibratedRadius(**{"measure": lambda: 1.0, **given}))
+    problem.deliver()
+    with pytest.raises(TypeError, match=text):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
 def test_a_run_goes_on_from_its_state_bit_for_bit(make: Any) -> None:
     """The calibration and the average unit are state; the functions are the new optimizer's own."""

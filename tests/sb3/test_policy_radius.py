@@ -221,6 +221,21 @@ def test_what_is_shared_moves_neither_too_far() -> None:
     assert groups["features"][CALIBRATION_KEY][0] == len(seen)
 
 
+def test_what_is_shared_goes_by_the_networks_that_have_a_radius() -> None:
+    """A group without one, or of none of the networks, does not count."""
+    model = named("PPO-Discrete-NatureCNN").build(n_epochs=1, batch_size=16)
+    model.learn(16)
+    optimizer = model.policy.optimizer
+    extra = torch.nn.Parameter(torch.zeros(2))
+    optimizer.add_param_group({"params": [("extra", extra)]})
+    for group in optimizer.param_groups:
+        if group.get("network") == "critic":
+            group["delta"] = None
+    model.learn(16)
+    radius = model.policy.policy_radius
+    assert radius.shared_change() == radius.divergence() / 3e-4
+
+
 def test_adam_s_direction_in_the_same_region() -> None:
     def scaled(params: Any, lr: float, **kwargs: Any) -> StepSizeScaling:
         return StepSizeScaling(torch.optim.Adam(params, lr=lr, **kwargs), denominator="abs", damping=0.01)
