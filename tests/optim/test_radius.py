@@ -237,6 +237,20 @@ def test_a_state_without_calibration_starts_anew(make: Any) -> None:
     assert optimizer.param_groups[0][CALIBRATION_KEY][0] == 3
 
 
+def test_what_was_pickled_before_there_were_radii_can_be_used() -> None:
+    problem = Problem()
+    optimizer = StepSizeScaling(torch.optim.SGD(problem.params, lr=1.0), 1e-3)
+    state = optimizer.__getstate__()
+    for name in ("damping", "radius", "_regions"):
+        del state[name]
+    restored = StepSizeScaling.__new__(StepSizeScaling)
+    restored.__setstate__(state)
+    problem.deliver()
+    restored.step()
+    assert problem.moved() == pytest.approx(20e-3, rel=1e-6)
+    assert restored.radii == [None]
+
+
 def test_a_group_s_own_delta_outlives_the_state_of_the_wrapped_optimizer() -> None:
     params = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
     groups = [{"params": params[:1], "scaling_delta": 0.5}, {"params": params[1:]}]
