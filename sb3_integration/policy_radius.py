@@ -136,10 +136,17 @@ class PolicyRadius:
         """
         masks = kwargs.get("action_masks", args[2] if len(args) > 2 else None) if self._can_mask() else None
         evaluation = self._watched = Evaluation(self, partial(evaluate, *args, **kwargs), masks)
+        earlier = _distribution_of(self.policy.action_dist)
         try:
             outputs = evaluation.repeat()
         finally:
             self._watched = None
+        if earlier is not None and _distribution_of(self.policy.action_dist) is earlier:
+            raise RuntimeError(
+                f"evaluate_actions of {type(self.policy).__name__} has not set policy.action_dist, in which "
+                'radius="kl" looks for the distribution of actions: use policy.action_dist.proba_distribution(), or '
+                'pass radius="loss"'
+            )
         evaluation.before = parameters_of(self.policy.action_dist)
         self.measure_on(evaluation)
         return outputs
@@ -311,15 +318,19 @@ def why_not(policy: Any) -> str:
     return ""
 
 
+def _distribution_of(dist: Any) -> Any:
+    """What an SB3 distribution is made of: one of torch's, or a list of them."""
+    found = getattr(dist, "distribution", None)
+    return getattr(dist, "distributions", None) if found is None else found
+
+
 def parameters_of(dist: Any) -> list[tuple[Tensor, ...]]:
     """Parameters of an SB3 distribution, detached: (mean, std), (logits of a softmax,), or (logits of bits, None).
 
     Raises:
         TypeError: If it is of another kind.
     """
-    found = getattr(dist, "distribution", None)
-    if found is None:
-        found = getattr(dist, "distributions", None)
+    found = _distribution_of(dist)
     parts: Sequence[Any] = found if isinstance(found, (list, tuple)) else [found]
     made: list[tuple[Any, ...]] = []
     for part in parts:

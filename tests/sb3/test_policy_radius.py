@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hesscale_lightning import AdaHesScale, StepSizeScaling
 from hesscale_lightning.optim.radius import CALIBRATION_KEY
-from sb3_integration import HesScaleActorCriticPolicy
+from sb3_integration import HesScaleActorCriticMixin, HesScaleActorCriticPolicy
 from sb3_integration.policy_radius import PolicyRadius, kl_divergence, parameters_of
 from tests.sb3.cases import CASES, Case, named
 
@@ -350,6 +350,28 @@ def test_a_distribution_that_is_not_known_is_refused() -> None:
     with pytest.raises(TypeError, match=r"does not know the KL divergence of OddDistribution, .* Laplace:"):
         model.learn(16)
     named("PPO-Box").build(policy=OddPolicy, policy_options={"radius": "loss"}).learn(16)
+
+
+class OwnDistribution(ActorCriticPolicy):
+    """Leaves ``action_dist`` as it was after the latest rollout."""
+
+    def evaluate_actions(self, obs: Any, actions: Tensor) -> Any:
+        latent_pi, latent_vf = self.mlp_extractor(self.extract_features(obs))
+        dist: Any = DiagGaussianDistribution(self.action_space.shape[0])
+        dist = dist.proba_distribution(self.action_net(latent_pi), self.log_std)
+        return self.value_net(latent_vf), dist.log_prob(actions), dist.entropy()
+
+
+class OwnDistributionPolicy(HesScaleActorCriticMixin, OwnDistribution):
+    pass
+
+
+def test_a_distribution_out_of_sight_is_refused() -> None:
+    """Not taken for one that no step changes."""
+    model = named("PPO-Box").build(policy=OwnDistributionPolicy)
+    with pytest.raises(RuntimeError, match="evaluate_actions of OwnDistributionPolicy has not set"):
+        model.learn(16)
+    named("PPO-Box").build(policy=OwnDistributionPolicy, policy_options={"radius": "loss"}).learn(16)
 
 
 class WithoutLogStd(HesScaleActorCriticPolicy):
