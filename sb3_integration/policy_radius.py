@@ -53,7 +53,7 @@ class Evaluation:
         self.radius = radius
         self.repeat = repeat
         self.masks = masks
-        self.before: list[tuple[Tensor, ...]] | None = None
+        self.before: list[tuple[Any, ...]] | None = None
         self.values: Tensor | None = None
         self.loss: Tensor | None = None
         self.curvature: Tensor | None = None
@@ -147,7 +147,9 @@ class PolicyRadius:
                 'radius="kl" looks for the distribution of actions: use policy.action_dist.proba_distribution(), or '
                 'pass radius="loss"'
             )
-        evaluation.before = parameters_of(self.policy.action_dist)
+        parameters = parameters_of(self.policy.action_dist)
+        # Copies: they may be views of the network's parameters, which the step changes.
+        evaluation.before = [tuple([None if x is None else x.clone() for x in part]) for part in parameters]
         self.measure_on(evaluation)
         return outputs
 
@@ -300,7 +302,7 @@ class _ValueHook:
             radius._values = output.detach()
         if radius._watched is None or not output.requires_grad:
             return None
-        radius._watched.values = output.detach()
+        radius._watched.values = output.detach().clone()
         result: Tensor = ValueProbe.apply(output, radius._watched)
         return result
 

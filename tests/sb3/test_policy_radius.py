@@ -331,6 +331,45 @@ def test_what_is_measured_is_what_was_evaluated_for_the_loss(policy: Any) -> Non
         assert change == pytest.approx(0, abs=1e-9)
 
 
+class Constant(torch.nn.Module):
+    """The same output whatever the input, a view of a parameter."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.output = torch.nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output.expand(len(x), -1)
+
+
+class ConstantActor(HesScaleActorCriticPolicy):
+    def _build(self, lr_schedule: Any) -> None:
+        super()._build(lr_schedule)
+        self.action_net = Constant(self.action_net.out_features)
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
+
+
+@pytest.mark.parametrize("name", ["PPO-Box", "PPO-MultiBinary", "PPO-Discrete"])
+def test_parameters_of_a_distribution_may_be_parameters_of_the_network(name: str) -> None:
+    """Which the step then changes."""
+    model = named(name).build(policy=ConstantActor, n_epochs=1, batch_size=16)
+    policy, before, found = model.policy, [], []
+    policy.optimizer.register_step_pre_hook(
+        lambda *_: before.append([(x[0].clone(), *x[1:]) for x in parameters_of(policy.action_dist)])
+    )
+
+    def note(*_: Any) -> None:
+        policy.policy_radius._measured = None
+        measured = policy.policy_radius.divergence()
+        found.append((measured, float(kl_divergence(before[-1], parameters_of(policy.action_dist)))))
+
+    policy.optimizer.register_step_post_hook(note)
+    model.learn(32)
+    for measured, expected in found:
+        assert measured == pytest.approx(expected)
+        assert 0 < measured < 4 * 3e-4
+
+
 class OddDistribution(DiagGaussianDistribution):
     """Of a kind whose divergence is not known."""
 
