@@ -297,10 +297,19 @@ class HesScaleActorCriticMixin(HesScaleMixin):
         if self.policy_radius is None or not torch.is_grad_enabled():
             values, *others = evaluate(*args, **kwargs)
         else:
+            self._follow_rate()
             values, *others = self.policy_radius.evaluate(evaluate, args, kwargs)
         if values.requires_grad:  # one tag is enough, and each makes the operations after it dearer
             return self.seam.tag(values), *others
         return values, *(self.seam.tag(output) for output in others)
+
+    def _follow_rate(self) -> None:
+        """A rate that was raised beyond its schedule is the largest one from then on: no step exceeds what fits."""
+        rate = max(float(group["lr"]) for group in self.optimizer.param_groups)
+        if rate > self._peak_rate:
+            self._peak_rate = rate
+            for radius in filter(None, getattr(self.optimizer, "radii", ())):
+                radius.full_rate = rate
 
     def _get_action_dist_from_latent(self, latent_pi: Tensor) -> Any:
         policy: Any = self

@@ -53,7 +53,7 @@ class Evaluation:
         self.radius = radius
         self.repeat = repeat
         self.masks = masks
-        self.before: list[tuple[Tensor, ...]] | None = None
+        self.before: list[tuple[Any, ...]] | None = None
         self.values: Tensor | None = None
         self.loss: Tensor | None = None
         self.curvature: Tensor | None = None
@@ -136,11 +136,20 @@ class PolicyRadius:
         """
         masks = kwargs.get("action_masks", args[2] if len(args) > 2 else None) if self._can_mask() else None
         evaluation = self._watched = Evaluation(self, partial(evaluate, *args, **kwargs), masks)
+        earlier = _distribution_of(self.policy.action_dist)
         try:
             outputs = evaluation.repeat()
         finally:
             self._watched = None
-        evaluation.before = parameters_of(self.policy.action_dist)
+        if earlier is not None and _distribution_of(self.policy.action_dist) is earlier:
+            raise RuntimeError(
+                f"evaluate_actions of {type(self.policy).__name__} has not set policy.action_dist, in which "
+                'radius="kl" looks for the distribution of actions: use policy.action_dist.proba_distribution(), or '
+                'pass radius="loss"'
+            )
+        parameters = parameters_of(self.policy.action_dist)
+        # Copies: they may be views of the network's parameters, which the step changes.
+        evaluation.before = [tuple([None if x is None else x.clone() for x in part]) for part in parameters]
         self.measure_on(evaluation)
         return outputs
 
@@ -245,9 +254,11 @@ class PolicyRadius:
         found = []
         for group in self.policy.optimizer.param_groups:
             delta = group.get("delta", group.get("scaling_delta"))
-            if group["network"] == "actor":
+            if delta is None:
+                continue
+            if group.get("network") == "actor":
                 found.append((self.divergence(), delta))
-            elif group["network"] == "critic":
+            elif group.get("network") == "critic":
                 unit = average_unit(group)
                 found.append((self.value_change(), None if unit is None else delta * unit))
         ratios = [measured / allowed for measured, allowed in found if measured is not None and allowed]
@@ -291,7 +302,7 @@ class _ValueHook:
             radius._values = output.detach()
         if radius._watched is None or not output.requires_grad:
             return None
-        radius._watched.values = output.detach()
+        radius._watched.values = output.detach().clone()
         result: Tensor = ValueProbe.apply(output, radius._watched)
         return result
 
@@ -309,15 +320,19 @@ def why_not(policy: Any) -> str:
     return ""
 
 
+def _distribution_of(dist: Any) -> Any:
+    """What an SB3 distribution is made of: one of torch's, or a list of them."""
+    found = getattr(dist, "distribution", None)
+    return getattr(dist, "distributions", None) if found is None else found
+
+
 def parameters_of(dist: Any) -> list[tuple[Tensor, ...]]:
     """Parameters of an SB3 distribution, detached: (mean, std), (logits of a softmax,), or (logits of bits, None).
 
     Raises:
         TypeError: If it is of another kind.
     """
-    found = getattr(dist, "distribution", None)
-    if found is None:
-        found = getattr(dist, "distributions", None)
+    found = _distribution_of(dist)
     parts: Sequence[Any] = found if isinstance(found, (list, tuple)) else [found]
     made: list[tuple[Any, ...]] = []
     for part in parts:

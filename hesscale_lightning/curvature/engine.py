@@ -58,10 +58,11 @@ def attach(loss: Tensor, params: Iterable[Tensor] | None = None, *, method: Meth
             precision). None takes every leaf that requires grad. Frozen tensors, and those that the loss does not
             reach, get none. A tensor inside the graph may be named as well, for example a network's output.
         method: ``"hesscale"``; ``"hesscale_gn"``, which drops second derivatives inside the network, that is, at every
-            operation that has a parameterised operation between itself and the loss; ``"bl89"``, Becker and LeCun's
-            recursion, which takes softmax and log-softmax for pointwise operations; ``"hesscale_rank1"``, a closer
-            estimate for about the same cost: in each sample the part of the Hessian along the gradient is taken through
-            the network exactly, and only the remainder by the recursion above, as far down as samples do not mix.
+            operation that has a parameterised operation, or a source, between itself and the loss; ``"bl89"``, Becker
+            and LeCun's recursion, which takes softmax and log-softmax for pointwise operations; ``"hesscale_rank1"``, a
+            closer estimate for about the same cost: in each sample the part of the Hessian along the gradient is taken
+            through the network exactly, and only the remainder by the recursion above, as far down as samples do not
+            mix.
 
     Returns:
         The armed pass. It need not be kept; its ``remove()`` disarms.

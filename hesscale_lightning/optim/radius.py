@@ -40,7 +40,8 @@ class CalibratedRadius:
     Args:
         measure: Called without arguments after a step, under ``no_grad``; returns how far the step has gone, which must
             be quadratic in small steps, as a KL divergence or a mean squared change of outputs is. None, or a number
-            that is not positive and finite, is not taken into account. It should compare on the data of the step.
+            that is not positive and finite, is not taken into account. It should compare on the data of the step. With
+            several processes it has to return the same number in each, as ``unit`` has, or their parameters part.
         unit: What ``delta`` is a multiple of; a function is asked at every step, and what it returns averaged
             exponentially (default: 1.0).
         full_rate: The learning rate at which all of the step that fits is taken (default: 1.0).
@@ -158,7 +159,7 @@ class Regions:
         if radius is None or delta is None:
             return delta
         if callable(radius.unit):
-            unit = float(radius.unit())
+            unit = _number("unit", radius.unit())
             if _is_useful(unit):
                 steps, logs, weight, units, unit_weight = group.get(CALIBRATION_KEY, UNCALIBRATED)
                 units = radius.unit_decay * units + (1 - radius.unit_decay) * unit
@@ -203,7 +204,7 @@ class Regions:
             steps += 1
             if radius.is_due(steps):
                 step, found = made(index), radius.measure()
-                model, measured = float(step.predicted), math.nan if found is None else float(found)
+                model, measured = float(step.predicted), math.nan if found is None else _number("measure", found)
                 if _is_useful(measured) and _is_useful(model):
                     ratio = math.log(measured / model)
                     trial = weight == 0
@@ -229,6 +230,17 @@ def average_unit(group: dict[str, Any]) -> float | None:
     """The average of what a group's unit was; None before it was known."""
     *_, units, weight = group.get(CALIBRATION_KEY, UNCALIBRATED)
     return units / weight if weight else None
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        got = f"a tensor of shape {tuple(value.shape)}"
+    else:
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            got = type(value).__name__
+    raise TypeError(f"{name} must return a number, or a tensor with one element, got {got}")
 
 
 def _is_useful(value: float) -> bool:

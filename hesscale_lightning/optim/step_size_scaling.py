@@ -163,6 +163,9 @@ class StepSizeScaling(Optimizer):
         return {name: self.__dict__[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(
+            {"damping": 0.0, "radius": None, "_regions": Regions("scaling_delta")}
+        )  # unknown to old ones
         self.__dict__.update(state)  # first, because param_groups and defaults look into the wrapped optimizer
         super().__setstate__(state)
         # Hooks registered here on the state dict belong to the state dict that is written.

@@ -180,6 +180,22 @@ def test_measures_that_say_nothing_change_nothing(useless: float | None) -> None
     assert optimizer.stats["calibration"] == pytest.approx(20)
 
 
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"measure": lambda: torch.ones(2)}, r"measure must return .*, got a tensor of shape \(2,\)"),
+        ({"measure": lambda: "far"}, "measure must return .*, got str"),
+        ({"unit": lambda: None}, "unit must return .*, got NoneType"),
+    ],
+)
+def test_what_is_no_number_is_refused(given: dict[str, Any], text: str) -> None:
+    problem = Problem()
+    optimizer = adahesscale(problem, 1e-3, CalibratedRadius(**{"measure": lambda: 1.0, **given}))
+    problem.deliver()
+    with pytest.raises(TypeError, match=text):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
 def test_a_run_goes_on_from_its_state_bit_for_bit(make: Any) -> None:
     """The calibration and the average unit are state; the functions are the new optimizer's own."""
@@ -219,6 +235,20 @@ def test_a_state_without_calibration_starts_anew(make: Any) -> None:
         optimizer.step()
         assert problem.moved() == pytest.approx(2e-3, rel=1e-6)
     assert optimizer.param_groups[0][CALIBRATION_KEY][0] == 3
+
+
+def test_what_was_pickled_before_there_were_radii_can_be_used() -> None:
+    problem = Problem()
+    optimizer = StepSizeScaling(torch.optim.SGD(problem.params, lr=1.0), 1e-3)
+    state = optimizer.__getstate__()
+    for name in ("damping", "radius", "_regions"):
+        del state[name]
+    restored = StepSizeScaling.__new__(StepSizeScaling)
+    restored.__setstate__(state)
+    problem.deliver()
+    restored.step()
+    assert problem.moved() == pytest.approx(20e-3, rel=1e-6)
+    assert restored.radii == [None]
 
 
 def test_a_group_s_own_delta_outlives_the_state_of_the_wrapped_optimizer() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from hesscale_lightning import AdaHesScale, StepSizeScaling
 from hesscale_lightning.optim.radius import CALIBRATION_KEY
-from sb3_integration import HesScaleActorCriticPolicy
+from sb3_integration import HesScaleActorCriticMixin, HesScaleActorCriticPolicy
 from sb3_integration.policy_radius import PolicyRadius, kl_divergence, parameters_of
 from tests.sb3.cases import CASES, Case, named
 
@@ -163,6 +164,23 @@ def test_the_value_of_the_learning_rate_does_not_matter(algorithm: Any) -> None:
         torch.testing.assert_close(run, runs[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_rate_beyond_its_schedule_takes_no_more_than_the_step_that_fits(copied: bool) -> None:
+    """Raised by hand, as ``model.learning_rate`` and ``lr_schedule`` can be at any time."""
+    runs = []
+    for rate in (1e-3, 0.1):
+        model = named("PPO-Box").build(learning_rate=1e-3)
+        np.random.seed(0)
+        model.learn(16)
+        if copied:
+            model.policy = pickle.loads(pickle.dumps(model.policy))
+        model.learning_rate = rate
+        model._setup_lr_schedule()
+        model.learn(16)
+        runs.append(torch.nn.utils.parameters_to_vector(model.policy.parameters()).detach())
+    torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-5)
+
+
 def test_its_schedule_anneals_the_steps() -> None:
     """At half the rate a step is half as long as the calibration lets it be, and so on down to nothing."""
     model = named("PPO-Box").build(learning_rate=LinearSchedule(1e-2, 0.0, 1.0), n_epochs=1, batch_size=16)
@@ -201,6 +219,21 @@ def test_what_is_shared_moves_neither_too_far() -> None:
     groups = {group["network"]: group for group in model.policy.optimizer.param_groups}
     assert groups["features"]["delta"] == 1.0
     assert groups["features"][CALIBRATION_KEY][0] == len(seen)
+
+
+def test_what_is_shared_goes_by_the_networks_that_have_a_radius() -> None:
+    """A group without one, or of none of the networks, does not count."""
+    model = named("PPO-Discrete-NatureCNN").build(n_epochs=1, batch_size=16)
+    model.learn(16)
+    optimizer = model.policy.optimizer
+    extra = torch.nn.Parameter(torch.zeros(2))
+    optimizer.add_param_group({"params": [("extra", extra)]})
+    for group in optimizer.param_groups:
+        if group.get("network") == "critic":
+            group["delta"] = None
+    model.learn(16)
+    radius = model.policy.policy_radius
+    assert radius.shared_change() == radius.divergence() / 3e-4
 
 
 def test_adam_s_direction_in_the_same_region() -> None:
@@ -298,6 +331,45 @@ def test_what_is_measured_is_what_was_evaluated_for_the_loss(policy: Any) -> Non
         assert change == pytest.approx(0, abs=1e-9)
 
 
+class Constant(torch.nn.Module):
+    """The same output whatever the input, a view of a parameter."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.output = torch.nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output.expand(len(x), -1)
+
+
+class ConstantActor(HesScaleActorCriticPolicy):
+    def _build(self, lr_schedule: Any) -> None:
+        super()._build(lr_schedule)
+        self.action_net = Constant(self.action_net.out_features)
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
+
+
+@pytest.mark.parametrize("name", ["PPO-Box", "PPO-MultiBinary", "PPO-Discrete"])
+def test_parameters_of_a_distribution_may_be_parameters_of_the_network(name: str) -> None:
+    """Which the step then changes."""
+    model = named(name).build(policy=ConstantActor, n_epochs=1, batch_size=16)
+    policy, before, found = model.policy, [], []
+    policy.optimizer.register_step_pre_hook(
+        lambda *_: before.append([(x[0].clone(), *x[1:]) for x in parameters_of(policy.action_dist)])
+    )
+
+    def note(*_: Any) -> None:
+        policy.policy_radius._measured = None
+        measured = policy.policy_radius.divergence()
+        found.append((measured, float(kl_divergence(before[-1], parameters_of(policy.action_dist)))))
+
+    policy.optimizer.register_step_post_hook(note)
+    model.learn(32)
+    for measured, expected in found:
+        assert measured == pytest.approx(expected)
+        assert 0 < measured < 4 * 3e-4
+
+
 class OddDistribution(DiagGaussianDistribution):
     """Of a kind whose divergence is not known."""
 
@@ -317,6 +389,28 @@ def test_a_distribution_that_is_not_known_is_refused() -> None:
     with pytest.raises(TypeError, match=r"does not know the KL divergence of OddDistribution, .* Laplace:"):
         model.learn(16)
     named("PPO-Box").build(policy=OddPolicy, policy_options={"radius": "loss"}).learn(16)
+
+
+class OwnDistribution(ActorCriticPolicy):
+    """Leaves ``action_dist`` as it was after the latest rollout."""
+
+    def evaluate_actions(self, obs: Any, actions: Tensor) -> Any:
+        latent_pi, latent_vf = self.mlp_extractor(self.extract_features(obs))
+        dist: Any = DiagGaussianDistribution(self.action_space.shape[0])
+        dist = dist.proba_distribution(self.action_net(latent_pi), self.log_std)
+        return self.value_net(latent_vf), dist.log_prob(actions), dist.entropy()
+
+
+class OwnDistributionPolicy(HesScaleActorCriticMixin, OwnDistribution):
+    pass
+
+
+def test_a_distribution_out_of_sight_is_refused() -> None:
+    """Not taken for one that no step changes."""
+    model = named("PPO-Box").build(policy=OwnDistributionPolicy)
+    with pytest.raises(RuntimeError, match="evaluate_actions of OwnDistributionPolicy has not set"):
+        model.learn(16)
+    named("PPO-Box").build(policy=OwnDistributionPolicy, policy_options={"radius": "loss"}).learn(16)
 
 
 class WithoutLogStd(HesScaleActorCriticPolicy):
