@@ -109,8 +109,9 @@ class CompiledPPO(CompiledTrainingMixin, PPO):
 
     The policy's optimizer is part of the program if it is AdaHesScale, as with the policies of this package; others,
     and all with ``target_kl``, which decides before each update, step after it. With a radius in nats the updates that
-    are measured run eagerly, every fourth and the first twenty (with ``target_kl`` all). The first update takes 10 to 30 seconds
-    to compile, later processes find it in Inductor's cache. What cannot be captured runs as in PPO, with a warning.
+    are measured run eagerly, every fourth and the first twenty (with ``target_kl`` all). The first update takes 10 to
+    30 seconds to compile, later processes find it in Inductor's cache. What cannot be captured runs as in PPO, with a
+    warning.
 
     Example:
         >>> from sb3_integration import CompiledPPO, HesScaleActorCriticPolicy
