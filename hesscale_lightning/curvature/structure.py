@@ -311,7 +311,10 @@ class _MatchWriter:
         objects: list[tuple[str, str]] = []
         for pair in same:
             (outputs if pair[1].isdigit() or pair[1] == "None" else objects).append(pair)
-        lines.append(f"if (*map(type, {_tuple(names)}),) != TYPES: return None")
+        if len(names) < _MANY:
+            lines.append(f"if {_tuple(f'type({name})' for name in names)} != TYPES: return None")
+        else:
+            lines.append(f"if (*map(type, {_tuple(names)}),) != TYPES: return None")
         if outputs:
             lines.append(f"if {_tuple(a for a, _ in outputs)} != {_tuple(b for _, b in outputs)}: return None")
         alike = [f"{a} is {b}" for a, b in objects] + [f"{n}.name() == {name!r}" for n, name in kinds]
@@ -391,17 +394,25 @@ class _MatchWriter:
             at = [fetches[place.position][0].position for place in places]
             lines.append(self._each([f"s{place.position}" for place in places], expression, at, namespace))
         signed = []
-        if tensors:  # of each the shape and the dtype; False where nothing was saved
+        # Of each tensor the shape and the dtype; False where nothing was saved.
+        if len(tensors) < _MANY:
+            signed += [f"{s} is not None and {s}.{what}" for what in ("shape", "dtype") for s in tensors]
+        else:
             lines.append(f"tensors = {_tuple(tensors)}")
             signed += [f"*map(getattr, tensors, EACH_{what}, EACH_FALSE)" for what in ("SHAPE", "DTYPE")]
         signed += numbers
         groups = _alike(conditions)
         described = sorted({ask.position for e, asks in groups.items() for ask in asks if e in _OF_FIRST})
-        if described:  # fetched once for all that is asked of it
+        if len(described) < _MANY:  # fetched once for all that is asked of it
+            lines += [f"i{k} = n{k}._input_metadata[0]" for k in described]
+        else:
             inputs = f"map(FIRST, map(INPUTS, {_tuple(f'n{k}' for k in described)}))"
             lines.append(f"{_tuple(f'i{k}' for k in described)} = {inputs}")
         for expression, asks in groups.items():
-            if expression in _OF_FIRST:
+            if expression in _OF_FIRST and len(described) < _MANY:
+                short = expression.replace("{n}._input_metadata[0]", "{i}")
+                signed += [short.format(i=f"i{ask.position}") for ask in asks]
+            elif expression in _OF_FIRST:
                 each = _tuple(f"i{ask.position}" for ask in asks)
                 signed.append(_OF_FIRST[expression].format(each))
             else:
@@ -420,8 +431,8 @@ class _MatchWriter:
         return f"{_tuple(names)} = map({getter}, {_tuple(f'n{k}' for k in at)})"
 
 
-#: How many nodes of which the same is read make it worth to read them in one expression.
-_MANY = 4
+#: Of so many nodes or tensors the same is read in one expression: a little slower for few, and sooner compiled.
+_MANY = 24
 
 #: What is asked of what is known of a node's first output, for many nodes.
 _OF_FIRST = {
