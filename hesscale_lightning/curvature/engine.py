@@ -329,7 +329,7 @@ def _write(
 def _prepares(plan: Plan) -> dict[int, Callable[[Node], Any]]:
     """By position, what rules prepare from a node when it is attached."""
     prepares: dict[int, Callable[[Node], Any]] = {}
-    for op in (op for step in plan.steps for op in step.operations if isinstance(op, RecordedOperation)):
+    for op in (op for op in plan.prepared if isinstance(op, RecordedOperation)):
         rule = find_rule(op.node)
         if rule is not None and rule.prepare is not None:
             prepares[op.position] = partial(_prepared, rule.prepare, op.needs, op.transposed, op.method)

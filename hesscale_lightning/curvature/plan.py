@@ -59,6 +59,7 @@ class Plan:
         leaves: Cells of the wanted leaves.
         size: How many wanted nodes there are, and so cells of first outputs.
         beyond: Cells of outputs after the first, by position of the node and number of the output.
+        prepared: Operations whose rules prepare something, whether or not they have a step in the end.
         notes: What ``hesscale_rank1`` has to say, with the name of the operation that it says it of.
     """
 
@@ -66,6 +67,7 @@ class Plan:
     leaves: list[int]
     size: int
     beyond: dict[tuple[int, int], int]
+    prepared: list[Operation] = field(default_factory=list)
     notes: list[tuple[str, Any]] = field(default_factory=list)
 
     def nothing(self) -> Plan:

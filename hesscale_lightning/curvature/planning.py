@@ -114,6 +114,7 @@ def make_plan(
             rule.check(op)
         if rule.prepare is not None:
             op.prepared = rule.prepare(Operation(node, node.next_functions, op.needs, op.transposed, method))
+            plan.prepared.append(op)
         if position in absorbed:
             continue
         inputs, needs = edges[node], op.needs

@@ -101,6 +101,7 @@ class Structure:
         self.narrow = 0
         self.follower: Structure | None = None
         self.source = ""
+        self._prepares: dict[int, Any] = {}
         self._variants: OrderedDict[Any, Variant] = OrderedDict()
 
     def variant(self, signature: Any) -> Variant:
@@ -132,6 +133,7 @@ class Structure:
     def forget(self) -> None:
         """Drops all that was made."""
         self.conditions, self.fetches, self.match = {}, {}, None
+        self._prepares.clear()
         self._variants.clear()
 
     def learn(self, conditions: Mapping[Ask, Any], fetches: Mapping[Any, tuple[Ask, str]]) -> bool:
@@ -150,7 +152,9 @@ class Structure:
         self.leaves = [slots[n] for n in found.nodes if type(n) is AccumulateGrad]
         self.narrow = _narrow(found)
         writer = _MatchWriter(found, slots, wants_all)
-        self.source, namespace = writer.written(list(self.conditions), list(self.fetches.values()), prepares)
+        # What is asked for other graphs of this structure may be of operations that this one's plan leaves out.
+        self._prepares.update(prepares)
+        self.source, namespace = writer.written(list(self.conditions), list(self.fetches.values()), self._prepares)
         exec(self.source, namespace)  # made of slots and of names that nodes have
         self.match = namespace["match"]
 
