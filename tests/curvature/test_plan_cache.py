@@ -287,3 +287,22 @@ def test_unfreezing_between_steps() -> None:
         expected = dict(zip(trainable, recording.curvature(loss, wanted), strict=True))
         for k, got in enumerate(diagonals(loss, params, "hesscale")):
             agree(got, expected.get(k), f"trainable {trainable}, parameter {k}")
+
+
+@pytest.mark.parametrize("first", [(1.0, 0.0), (0.0, 1.0)])
+def test_terms_may_be_switched_off_where_something_is_prepared(first: tuple[float, float]) -> None:
+    """What recognises a graph prepares also for operations that the latest plan had left out."""
+
+    def diagonal(a: float, b: float) -> Tensor:
+        w = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64, requires_grad=True)
+        x = w * 2
+        x[:2] *= w[1:]  # CopySlices, whose rule prepares
+        backward((x**3).sum() * a + (w.sin() ** 2).sum() * b, [w])
+        found: Tensor = w.hess_diag  # type: ignore[attr-defined]
+        return found
+
+    weights = [*[first, first[::-1]] * 3, (0.0, 0.0), (1.0, 1.0), (1.0, 0.0)]
+    found = [diagonal(a, b) for a, b in weights]
+    for (a, b), h in zip(weights, found, strict=True):
+        engine._structures.clear()
+        torch.testing.assert_close(h, diagonal(a, b))
