@@ -92,9 +92,8 @@ class AdaHesScale(Optimizer):
 
     Args:
         params: parameters, named parameters, or param groups; every option below can be set per group.
-        lr: learning rate (default: 1e-2, the best shared one of the study in docs/optimization.md; 3e-3 was better with
-            ``method="hesscale_gn"``; with a ``radius`` 1.0, all of the step that fits). A tensor is read on the host
-            unless ``capturable``.
+        lr: learning rate (default: 1e-2, or with a ``radius`` 1.0, all of the step that fits). A tensor is read on the
+            host unless ``capturable``.
         betas: decay rates of the averages of gradient and curvature (default: (0.9, 0.999)).
         eps: added to the denominator (default: 1e-8). Larger values damp the step where curvature is small.
         weight_decay: decoupled weight decay, as in AdamW (default: 0.0).
