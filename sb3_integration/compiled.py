@@ -56,6 +56,7 @@ class CompiledTrainingMixin(OnPolicyAlgorithm):
         seam = getattr(self.policy, "seam", None)
         step.method = seam.method if seam is not None and hasattr(optimizer, "awaits_diagonals") else None
         if updates:
+            step.look_before = None if getattr(self.policy, "policy_radius", None) is None else self._look_before
             step.optimizer, step.max_grad_norm = optimizer, self.max_grad_norm
             # Left out where nobody logs what the optimizer says about its step with the gradient at hand.
             step.keep_gradients = seam is not None and seam.statistics.requested
@@ -75,11 +76,23 @@ class CompiledTrainingMixin(OnPolicyAlgorithm):
     def _loss(self, *batch: Any) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
+    def _look_before(self, observations: Any, actions: Tensor, *others: Any) -> None:
+        """Evaluates what the next update will be measured on, and the curvature of its loss at the values."""
+        policy: Any = self.policy
+        evaluation = policy.look_before(observations, self._as_evaluated(actions))
+        if evaluation.values is not None:
+            evaluation.curvature = self._value_curvature(evaluation.values, *others)
+
+    def _value_curvature(self, values: Tensor, *others: Any) -> Tensor:
+        raise NotImplementedError
+
+    def _as_evaluated(self, actions: Tensor) -> Tensor:
+        return actions.long().flatten() if isinstance(self.action_space, spaces.Discrete) else actions
+
     def _evaluate(self, observations: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """``evaluate_actions`` without a tag on the values, and without a trace on the policy."""
         policy: Any = self.policy
-        if isinstance(self.action_space, spaces.Discrete):
-            actions = actions.long().flatten()
+        actions = self._as_evaluated(actions)
         with ExitStack() as stack:
             seam = getattr(policy, "seam", None)
             if seam is not None:
@@ -108,8 +121,9 @@ class CompiledPPO(CompiledTrainingMixin, PPO):
     """PPO with compiled updates: the arguments, policies and logged values of ``stable_baselines3.PPO``.
 
     The policy's optimizer is part of the program if it is AdaHesScale, as with the policies of this package; others,
-    and all with ``target_kl``, which decides before each update, step after it. With a radius in nats the updates that
-    are measured run eagerly, every fourth and the first twenty (with ``target_kl`` all). The first update takes 10 to
+    and all with ``target_kl``, which decides before each update, step after it. With a radius in nats an
+    update that is measured takes two evaluations without gradient more; the first runs eagerly, and with ``target_kl``
+    all do. The first update takes 10 to
     30 seconds to compile, later processes find it in Inductor's cache. What cannot be captured runs as in PPO, with a
     warning.
 
@@ -206,6 +220,15 @@ class CompiledPPO(CompiledTrainingMixin, PPO):
             told = torch.stack([policy_loss, value_loss, entropy_loss, clip_fraction, approx_kl, loss])
         return loss, told
 
+    def _value_curvature(self, values: Tensor, old_values: Tensor, *others: Any) -> Tensor:
+        bound_vf, _, vf_coef, _ = others[-4:]
+        curvature = torch.full_like(values, 2 * vf_coef / len(values))
+        if bound_vf is None:
+            return curvature
+        moved: Tensor = (values - old_values.reshape(values.shape)).abs()
+        inside: Tensor = curvature * (moved <= bound_vf)
+        return inside
+
 
 class CompiledA2C(CompiledTrainingMixin, A2C):
     """A2C with compiled updates: the arguments, policies and logged values of ``stable_baselines3.A2C``.
@@ -249,3 +272,7 @@ class CompiledA2C(CompiledTrainingMixin, A2C):
         entropy_loss = -torch.mean(-log_prob if entropy is None else entropy)
         loss = policy_loss + ent_coef * entropy_loss + vf_coef * value_loss
         return loss, torch.stack([entropy_loss, policy_loss, value_loss]).detach()
+
+    def _value_curvature(self, values: Tensor, *others: Any) -> Tensor:
+        _, vf_coef, _ = others[-3:]
+        return torch.full_like(values, 2 * vf_coef / len(values))

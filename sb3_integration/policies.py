@@ -28,7 +28,7 @@ from hesscale_lightning.curvature.engine import METHODS, Method
 from hesscale_lightning.optim import StepSizeScaling
 from sb3_integration import defaults
 from sb3_integration.loss_seam import LossSeam, OutputTag, optimizers_of
-from sb3_integration.policy_radius import PolicyRadius
+from sb3_integration.policy_radius import Evaluation, PolicyRadius
 
 _OptimizerKwargs = Mapping[str, Any] | None
 Radius = Literal["kl", "loss"]
@@ -310,6 +310,11 @@ class HesScaleActorCriticMixin(HesScaleMixin):
             self._peak_rate = rate
             for radius in filter(None, getattr(self.optimizer, "radii", ())):
                 radius.full_rate = rate
+
+    def look_before(self, *args: Any, **kwargs: Any) -> Evaluation:
+        """Evaluates actions before a step whose loss is computed out of sight (see :class:`PolicyRadius`)."""
+        assert self.policy_radius is not None
+        return self.policy_radius.look_before(super().evaluate_actions, args, kwargs)  # type: ignore[misc]
 
     def _get_action_dist_from_latent(self, latent_pi: Tensor) -> Any:
         policy: Any = self

@@ -153,6 +153,29 @@ class PolicyRadius:
         self.measure_on(evaluation)
         return outputs
 
+    @torch.no_grad()
+    def look_before(self, evaluate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Evaluation:
+        """Evaluates actions before a step whose loss is computed out of sight, so that the step can be measured.
+
+        Args:
+            evaluate: As for :meth:`evaluate`.
+            args: Its arguments.
+            kwargs: Its keyword arguments.
+
+        Returns:
+            The evaluation, without the curvature at the values, which is up to the caller.
+        """
+        evaluation = Evaluation(self, partial(evaluate, *args, **kwargs), None)
+        self._measuring = True
+        try:
+            evaluation.repeat()
+        finally:
+            self._measuring = False
+            evaluation.values, self._values = self._values, None
+        evaluation.before = parameters_of(self.policy.action_dist)
+        self.measure_on(evaluation)
+        return evaluation
+
     def measure_on(self, evaluation: Evaluation) -> None:
         """The next step will be measured by repeating this evaluation."""
         self._of_step = evaluation

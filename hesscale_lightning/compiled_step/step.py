@@ -31,7 +31,7 @@ from hesscale_lightning.compiled_step.guards import (
     unflatten,
 )
 from hesscale_lightning.compiled_step.programs import Backend, Progress, Runner, compile_graph
-from hesscale_lightning.compiled_step.update import Update, can_be_captured, clip, has_to_be_seen
+from hesscale_lightning.compiled_step.update import Update, can_be_captured, can_measure, clip, is_measured
 from hesscale_lightning.curvature.engine import METHODS, Method, attach
 from hesscale_lightning.curvature.registry import UnsupportedOperationError
 
@@ -156,6 +156,8 @@ class Step:
         self.keep_gradients = keep_gradients
         self.settings = settings
         self.name = name
+        #: Called with the batch before a step that the optimizer's radius measures; without it they run eagerly.
+        self.look_before: Callable[..., None] | None = None
         self._modules = list(modules)
         self._function = function
         self._forget()
@@ -191,12 +193,15 @@ class Step:
         Returns:
             The loss, detached; if the function returns a tuple, that tuple, all its tensors detached.
         """
-        if has_to_be_seen(self.optimizer):
+        measured = is_measured(self.optimizer)
+        if measured and (self.look_before is None or not can_measure(self.optimizer)):
             return self.eagerly(*batch)
         key, program, inputs, update = self._look_up(batch)
         if program is None:
             return self._eagerly(batch, key)
-        return self._run(program, inputs, update)
+        if measured and self.look_before is not None:
+            self.look_before(*batch)
+        return self._run(program, inputs, update, measured=measured)
 
     def eagerly(self, *batch: Any) -> Any:
         """The same step without a program; for once, for example to look at ``p.hess_diag`` from a hook."""
@@ -295,7 +300,7 @@ class Step:
             torch._C._set_grad_enabled(grad_mode)
         return results
 
-    def _run(self, program: _Program, inputs: list[Tensor], update: Update | None) -> Any:
+    def _run(self, program: _Program, inputs: list[Tensor], update: Update | None, *, measured: bool) -> Any:
         optimizer = self.optimizer
         results = self._execute(program, inputs)
         if update is not None:
@@ -308,7 +313,13 @@ class Step:
         self._hand_out(program, results[1:first], results[first:second])
         if update is not None:
             clipping = self.max_grad_norm is not None
-            update.finish(results[second:third], program.records, refreshing=program.refreshing, clipping=clipping)
+            update.finish(
+                results[second:third],
+                program.records,
+                refreshing=program.refreshing,
+                clipping=clipping,
+                measured=measured,
+            )
         elif optimizer is not None:
             self._update_eagerly(optimizer)
         return results[0] if program.others is None else (results[0], *self._others(program, results[third:]))

@@ -31,7 +31,7 @@ _CHANGING = frozenset({"lr", "lr_scale", "differentiable"})  # the last one is t
 # Numbers on the host for each param group: the learning rate, four sums of clipping factors, and of a measured radius
 # one over the calibration and the two sums that its average unit is made of.
 _PER_GROUP = 8
-_TOLD = 5  # numbers that a program returns for each param group, without the sums of clipping factors
+_TOLD = 6  # numbers that a program returns for each param group, without the sums of clipping factors
 
 
 def can_be_captured(optimizer: Optimizer | None) -> bool:
@@ -48,11 +48,17 @@ def can_be_captured(optimizer: Optimizer | None) -> bool:
     )
 
 
-def has_to_be_seen(optimizer: Optimizer | None) -> bool:
-    """Whether the next step has to run eagerly, because its radius measures what the loss was computed from."""
+def is_measured(optimizer: Optimizer | None) -> bool:
+    """Whether the optimizer measures its next step, on what the loss is computed from."""
     if optimizer is None or not any(getattr(optimizer, "radii", ())):
         return False
-    return not can_be_captured(optimizer) or optimizer._regions.measures_next(optimizer.param_groups)  # type: ignore[attr-defined]
+    # One that steps by itself may ask at every step what was evaluated for the loss.
+    return not can_be_captured(optimizer) or optimizer._regions.measure_next(optimizer.param_groups)  # type: ignore[attr-defined]
+
+
+def can_measure(optimizer: Any) -> bool:
+    """Whether an update in a program may be measured after it: not if it is a trial, or the unit is yet unknown."""
+    return can_be_captured(optimizer) and optimizer._regions.know_all(optimizer.param_groups)
 
 
 class _CapturedRegions(Regions):
@@ -171,7 +177,13 @@ class Update:
         return averages, torch.tensor(values, dtype=torch.float64), count_of
 
     def finish(
-        self, results: Sequence[Tensor], records: Sequence[StepRecord], *, refreshing: bool, clipping: bool
+        self,
+        results: Sequence[Tensor],
+        records: Sequence[StepRecord],
+        *,
+        refreshing: bool,
+        clipping: bool,
+        measured: bool,
     ) -> None:
         """Counts the step, and notes what it did.
 
@@ -180,6 +192,7 @@ class Update:
             records: The same.
             refreshing: Whether there were diagonals.
             clipping: Whether there was a bound on the gradient's norm.
+            measured: Whether the optimizer is to measure the step.
         """
         optimizer = self.optimizer
         names = ("step", "hess_step") if refreshing else ("step",)
@@ -192,9 +205,15 @@ class Update:
                 clipping_weights(group, 1.0, refreshing=refreshing)
             if optimizer.radii[k] is not None:
                 steps, logs, weight, *_ = group.get(CALIBRATION_KEY, UNCALIBRATED)
-                units = [x.item() for x in results[width * k + 3 : width * k + _TOLD]]
-                group[CALIBRATION_KEY] = (steps + 1, logs, weight, *units)
-        optimizer._latest = _Records(self, results, records, width)  # type: ignore[assignment]
+                units = [x.item() for x in results[width * k + 4 : width * k + _TOLD]]
+                group[CALIBRATION_KEY] = (steps + (not measured), logs, weight, *units)
+        latest = _Records(self, results, records, width)
+        if measured:
+            optimizer._latest = list(latest)
+            with torch.no_grad():
+                optimizer._calibrate()
+        else:
+            optimizer._latest = latest  # type: ignore[assignment]
         optimizer.awaits_diagonals = False
         optimizer._opt_called = True  # type: ignore[attr-defined]  # asked by learning rate schedules
 
@@ -222,9 +241,9 @@ class Update:
             factor: What the gradients have been multiplied by to clip them; None without ``max_grad_norm``.
 
         Returns:
-            For each group the step's size, the trust region's factor and the clipping factor, the sums of the average
-            unit, and if there is clipping the four new sums of factors; and the groups' records as far as every step
-            has the same.
+            For each group the step's size, the trust region's factor, the clipping factor, ``sum D u^2``, the sums of
+            the average unit, and if there is clipping the four new sums of factors; and the groups' records as far as
+            every step has the same.
         """
         refreshing = any(h is not None for h in diagonals)
         missing = [k for k in self.order if grads[k] is None or (refreshing and diagonals[k] is None)]
@@ -270,7 +289,7 @@ class Update:
             record = stand_in._update_group(g, GroupScale(clipping, 1.0), found)
             rule = record.rule._replace(clipping=(1.0, 1.0), floor=0.0)
             records.append(replace(record, batches=(), rule=rule, size=1.0, scale=1.0, along=0.0, clipping=1.0))
-            told = [record.size, record.scale, record.clipping, *regions.known[g][1:]]
+            told = [record.size, record.scale, record.clipping, record.along, *regions.known[g][1:]]
             if factor is not None:
                 told += options[CLIPPING_KEY]
             results += [torch.as_tensor(x, dtype=torch.float64, device=device).clone() for x in told]
@@ -294,7 +313,7 @@ class _Records:
         update, place = self._update, 0
         groups = zip(update.optimizer.param_groups, update.members, self._records, strict=True)
         for g, (group, members, record) in enumerate(groups):
-            size, scale, clipping = (x.item() for x in self._results[self._width * g : self._width * g + 3])
+            size, scale, clipping, along = (x.item() for x in self._results[self._width * g : self._width * g + 4])
             batches = _batches([update._params[k] for k in members], update._states[place : place + len(members)])
             place += len(members)
             grad_sum, grad_weight, hess_sum, hess_weight = group[CLIPPING_KEY]
@@ -302,7 +321,7 @@ class _Records:
             rule = record.rule._replace(clipping=weights)
             if group["damping"]:
                 rule = rule._replace(floor=group["damping"] * mean_curvature(batches, rule))
-            yield replace(record, batches=batches, rule=rule, size=size, scale=scale, clipping=clipping)
+            yield replace(record, batches=batches, rule=rule, size=size, scale=scale, along=along, clipping=clipping)
 
 
 def _batches(params: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]) -> list[Batch]:

@@ -173,15 +173,21 @@ class Regions:
         unit = average_unit(group) if callable(radius.unit) else radius.unit
         return math.inf if unit is None else float(group[self.key] * unit)
 
-    def measures_next(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether the next step will be measured, or is the first of which something has to be known."""
+    def measure_next(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the next step will be measured."""
+        return any(
+            radius is not None and radius.is_due(group.get(CALIBRATION_KEY, UNCALIBRATED)[0] + 1)
+            for group, radius in zip(groups, self.radii, strict=True)
+        )
+
+    def know_all(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether all that is measured is calibrated, and its unit known."""
         for group, radius in zip(groups, self.radii, strict=True):
-            if radius is None:
-                continue
-            steps, _, weight, _, unit_weight = group.get(CALIBRATION_KEY, UNCALIBRATED)
-            if not weight or (callable(radius.unit) and not unit_weight) or radius.is_due(steps + 1):
-                return True
-        return False
+            if radius is not None:
+                unknown_unit = callable(radius.unit) and average_unit(group) is None
+                if calibration(group) is None or unknown_unit:
+                    return False
+        return True
 
     def observe(
         self, groups: Sequence[dict[str, Any]], made: Callable[[int], Made], rates: Sequence[float]
@@ -220,13 +226,13 @@ class Regions:
         return factors
 
 
-def calibration(group: dict[str, Any]) -> float | None:
+def calibration(group: Mapping[str, Any]) -> float | None:
     """How many times more a group's steps change than the model predicts, ``c``; None before the first measure."""
     _, logs, weight, _, _ = group.get(CALIBRATION_KEY, UNCALIBRATED)
     return math.exp(logs / weight) if weight else None
 
 
-def average_unit(group: dict[str, Any]) -> float | None:
+def average_unit(group: Mapping[str, Any]) -> float | None:
     """The average of what a group's unit was; None before it was known."""
     *_, units, weight = group.get(CALIBRATION_KEY, UNCALIBRATED)
     return units / weight if weight else None

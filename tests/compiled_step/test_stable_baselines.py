@@ -9,6 +9,7 @@ import torch
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.logger import Logger
 
+from hesscale_lightning.compiled_step import Step
 from sb3_integration import (
     CompiledA2C,
     CompiledPPO,
@@ -89,6 +90,20 @@ def test_first_updates_and_logged_values_are_those_of_the_uncompiled_algorithm(n
     measured = getattr(model.policy, "policy_radius", None) is not None
     expected_programs = 0 if measured and "target_kl" in options else 1
     assert all(step.programs == expected_programs for step in model._steps.values())
+
+
+def test_updates_that_a_radius_measures_are_programs_too(monkeypatch):
+    """But for the first, of which nothing is known."""
+    eager, measured = [], []
+    original = Step.eagerly
+    monkeypatch.setattr(Step, "eagerly", lambda self, *batch: eager.append(1) or original(self, *batch))
+    look = CompiledPPO._look_before
+    monkeypatch.setattr(CompiledPPO, "_look_before", lambda self, *batch: measured.append(1) or look(self, *batch))
+    model, _ = trained(CompiledPPO, HesScaleActorCriticPolicy, "Pendulum-v1", 256, n_steps=256, n_epochs=4)
+    assert len(eager) == 1
+    assert len(measured) == 16 // 4
+    (steps, *_), *_ = (group["radius_calibration"] for group in model.policy.optimizer.param_groups)
+    assert steps == 16
 
 
 def test_stable_baselines_own_policy_is_compiled_without_curvature():
