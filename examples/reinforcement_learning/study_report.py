@@ -21,13 +21,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import trim_mean
-from study import BINS, FACTORS, RATE, ROBUSTNESS, TASKS, Run, finished, methods
+from study import BINS, FACTORS, RATE, ROBUSTNESS, SEEDS, TASKS, Run, finished, methods
 
 PAGE = Path("docs/reinforcement_learning.md")
 CURVES, PROFILES = "reinforcement_learning_curves.png", "reinforcement_learning_profiles.png"
 RATES = ("adam 3e-4", "adam 1e-3", "adam 3e-3")
 TUNED = "adam, tuned per task"
 RESAMPLES = 2000
+FEWEST = 3  # seeds for an interval
+PRELIMINARY = " (**preliminary**: the study is under way, and says little with so few)"
 LAST = 4  # bins of a curve whose mean is the final return
 
 Array = NDArray[np.float64]
@@ -71,6 +73,12 @@ class Study:
         self.untrained = {task: statistics.mean(values) for task, values in untrained.items()}
         complete = [m for m in methods(algorithm) if all((m, task) in self.curves for task in TASKS)]
         self.methods = [m for m in complete if m != "untrained"]
+        of_each = [set(self.curves[m, task]) for m in self.methods for task in TASKS]
+        self.seeds = sorted(set.intersection(*of_each)) if of_each else []
+        self.methods = self.methods if self.seeds else []
+        for m in self.methods:  # the same for all
+            for task in TASKS:
+                self.curves[m, task] = {seed: self.curves[m, task][seed] for seed in self.seeds}
         self.best_rate = {}
         rates = [m for m in RATES if m in self.methods]
         for task in TASKS:
@@ -143,7 +151,9 @@ def interval(statistic: Callable[..., float], *scores: Scores) -> tuple[float, f
 
 
 def cell(statistic: Callable[..., float], *scores: Scores) -> str:
-    """A figure with its interval."""
+    """A figure with its interval, where there are seeds enough for one."""
+    if min(len(x) for one in scores for x in one.values()) < FEWEST:
+        return f"{statistic(*scores):.2f}"
     low, high = interval(statistic, *scores)
     return f"{statistic(*scores):.2f} [{low:.2f}, {high:.2f}]"
 
@@ -156,10 +166,9 @@ def tables(found: Found) -> str:
         if TUNED not in study.methods or "nats" not in study.methods or not study.untrained:
             continue
         ours = {score: study.scores("nats", score) for score in (auc, final)}
-        seeds = sorted({len(study.curves["nats", task]) for task in TASKS})
         lines += [
-            f"**{algorithm}**, {len(TASKS)} tasks, {seeds[0]} seeds{'' if len(seeds) == 1 else f' to {seeds[-1]}'}, "
-            f"{TASKS['Hopper-v5']:,} steps:",
+            f"**{algorithm}**, {len(TASKS)} tasks, {len(study.seeds)} of {len(SEEDS)} seeds, "
+            f"{TASKS['Hopper-v5']:,} steps{'' if len(study.seeds) == len(SEEDS) else PRELIMINARY}:",
             "",
             "| method | AUC, IQM | final, IQM | better than it in AUC | collapses |",
             "|---|---|---|---|---|",

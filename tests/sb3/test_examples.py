@@ -101,12 +101,21 @@ def value(run: Any) -> float:
 
 def test_the_report_says_what_the_results_say() -> None:
     text = report.tables(invented(value))
-    assert "**PPO**, 5 tasks, 3 seeds, 150,000 steps:" in text
+    assert "**PPO**, 5 tasks, 3 of 10 seeds, 150,000 steps (**preliminary**" in text
     assert "| **radius in nats (default)** | 1.21 [" in text
     assert "| adam, tuned per task | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] | 0 of 15 |" in text
     assert "| adam 3e-4 | 0.50 [0.50, 0.50] |" in text
     assert "| Hopper-v5 | 0 | 121 | " in text
     assert "| **100** |" in text
+
+
+def test_few_seeds_have_no_interval_and_methods_are_compared_on_the_same_ones() -> None:
+    found = invented(value, seeds=2)
+    late = next(run for run in found if run.method == "adam 3e-3" and run.seed == study.SEEDS[1])
+    del found[late]
+    text = report.tables(found)
+    assert f"**{late.algorithm}**, 5 tasks, 1 of 10 seeds" in text
+    assert "| adam 3e-4 | 0.50 | 0.50 | 1.00 | 0 of 5 |" in text
 
 
 def test_probabilities_and_means_are_their_definitions() -> None:
