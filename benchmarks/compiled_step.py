@@ -7,7 +7,8 @@ curvature as `compile_step` runs it, with what it does around its program; the *
 `method=None`. A *training step* is all of that and the update: eagerly with Adam, and compiled with AdaHesScale in the
 program. *Making it* is the first step of a process, which captures and compiles it: with Inductor's cache empty, and
 once more, in a later process, with what that left there. *Guards* is what a step costs apart from its program and from
-handing out the results. The second table is `train()` of PPO and A2C over that of Stable-Baselines3 with Adam.
+handing out the results. The second table is `train()` and
+`learn()` of Stable-Baselines3's algorithms over the same with its own policy and Adam.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from stable_baselines3 import A2C, PPO
+from stable_baselines3 import A2C, DQN, PPO, SAC, TD3
 from torch import nn
 
 import sb3_integration as policies
@@ -144,19 +145,37 @@ def measure(workload: Workload, target: float, seconds: float) -> dict[str, Any]
     }
 
 
-def measure_training(case: Case, seconds: float) -> str:
-    """A row: `train()` of Stable-Baselines3 with Adam, of the same with AdaHesScale, and of the compiled algorithm."""
-    compiled_class: Any = {PPO: policies.CompiledPPO, A2C: policies.CompiledA2C}[case.algorithm]  # type: ignore[index]
+COMPILED: dict[Any, Any] = {
+    PPO: policies.CompiledPPO,
+    A2C: policies.CompiledA2C,
+    DQN: policies.CompiledDQN,
+    SAC: policies.CompiledSAC,
+    TD3: policies.CompiledTD3,
+}
+#: `learn()`: steps of one, what to reach.
+LEARNT: list[tuple[Case, float]] = [
+    (Case(PPO, policies.HesScaleActorCriticPolicy, "CartPole-v1", float("nan"), collect=2048), 0.85),
+    (Case(PPO, policies.HesScaleActorCriticPolicy, "InvertedPendulum-v5", float("nan"), collect=2048), 0.85),
+    (Case(A2C, policies.HesScaleActorCriticPolicy, "CartPole-v1", float("nan"), collect=500), 0.85),
+    (
+        Case(SAC, policies.HesScaleSACPolicy, "Pendulum-v1", float("nan"), {"learning_starts": 100}, collect=200),
+        float("nan"),
+    ),
+]
+
+
+def measure_training(case: Case, seconds: float, call: str, run: Callable[[Any], Any], target: float) -> str:
+    """A row: Stable-Baselines3's with Adam, the same with AdaHesScale, and the compiled algorithm."""
+    compiled_class = COMPILED[case.algorithm]
     compiled_class.compile_step_options = {"silent": True, "on_failure": "raise"}
     plain, _, hesscale = models(case)
     compiled = compiled_class(case.policy, case.environment, seed=0, device="cpu", **case.kwargs)
     compiled.learn(case.collect)
-    variants = [lambda m=m: case.train(m) for m in (plain, hesscale, compiled)]
-    timed = ratios(variants, seconds, warm_up=1)
+    timed = ratios([lambda m=m: run(m) for m in (plain, hesscale, compiled)], seconds, warm_up=1)
     bonus = " with entropy bonus" if "ent_coef" in case.kwargs else ""
     return (
-        f"| {case.algorithm.__name__} on {case.environment}{bonus} | {timed[0].baseline_us / 1000:.1f} ms | {timed[1]} "
-        f"| {timed[2]} | 0.70 |"
+        f"| {case.algorithm.__name__} on {case.environment}{bonus}: `{call}` | {timed[0].baseline_us / 1000:.1f} ms "
+        f"| {timed[1]} | {timed[2]} | {f'{target:.2f}' if target == target else ''} |"
     )
 
 
@@ -194,10 +213,16 @@ def main() -> None:
         print(make(next(w for w, _ in WORKLOADS if w.name == args.make)))
         return
     print("Median (quartiles) of interleaved rounds, one thread.\n")
-    rows = ["| `train()` | plain, Adam | AdaHesScale | AdaHesScale, compiled | to reach |", "|---|---|---|---|---|"]
-    for case in CASES:
-        if case.algorithm in (PPO, A2C) and args.only in f"{case.algorithm.__name__} {case.environment}":
-            rows.append(measure_training(case, args.seconds))
+    rows = ["| | plain, Adam | AdaHesScale | AdaHesScale, compiled | to reach |", "|---|---|---|---|---|"]
+    asked = {PPO: 0.70, A2C: 0.70}
+    jobs = [(case, "train()", case.train, asked.get(case.algorithm, float("nan"))) for case in CASES]
+    jobs += [
+        (case, "learn()", lambda m, case=case: m.learn(case.collect, reset_num_timesteps=False), target)
+        for case, target in LEARNT
+    ]
+    for case, call, run, target in jobs:
+        if args.only in f"{case.algorithm.__name__} {case.environment} {call}":
+            rows.append(measure_training(case, args.seconds, call, run, target))
             print(rows[-1], flush=True)
     results = []
     for workload, target in WORKLOADS:

@@ -7,7 +7,14 @@ PPO(HesScaleActorCriticPolicy, "CartPole-v1").learn(50_000)
 """
 
 from sb3_integration.callback import HesScaleLoggingCallback
-from sb3_integration.compiled import CompiledA2C, CompiledPPO
+from sb3_integration.compiled_algorithms import (
+    CompiledA2C,
+    CompiledDDPG,
+    CompiledDQN,
+    CompiledPPO,
+    CompiledSAC,
+    CompiledTD3,
+)
 from sb3_integration.policies import (
     HesScaleActionValueMixin,
     HesScaleActorCriticCnnPolicy,
@@ -28,7 +35,11 @@ from sb3_integration.policies import (
 
 __all__ = [
     "CompiledA2C",
+    "CompiledDDPG",
+    "CompiledDQN",
     "CompiledPPO",
+    "CompiledSAC",
+    "CompiledTD3",
     "HesScaleActionValueMixin",
     "HesScaleActorCriticCnnPolicy",
     "HesScaleActorCriticMixin",

@@ -73,7 +73,7 @@ class HesScaleLoggingCallback(BaseCallback):
                 continue
             networks = [group.get("network", str(k)) for k, group in enumerate(optimizer.param_groups)]
             curvature = policy.seam.statistics.of(optimizer)
-            for name, value in optimizer.stats.items():  # type: ignore[attr-defined]
+            for name, value in policy.seam.statistics.told_by(optimizer).items():
                 statistic, _, index = name.partition("/")
                 if curvature[int(index or 0)]:  # a group that never had gradients, as TRPO's actor, took no step
                     self.logger.record(f"hesscale/{networks[int(index or 0)]}/{statistic}", value.item())

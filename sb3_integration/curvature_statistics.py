@@ -1,7 +1,8 @@
-"""What the logging callback says about the curvature of a step.
+"""What the logging callback says about a step.
 
-Diagonals are consumed by the optimizer's step, and no callback of Stable-Baselines3 runs within ``train()``. So they
-are looked at right before a step, and only if somebody asked since the last one: once per rollout, not once per step.
+Diagonals are consumed by the optimizer's step, gradients are added to by losses of other networks, and no callback of
+Stable-Baselines3 runs within ``train()``. So a step is looked at right before and right after it is made, and only if
+somebody asked since the last one: once per rollout, not once per step.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from torch.optim import Optimizer
 
 
 class CurvatureStatistics:
-    """Statistics of the diagonals of each param group, of one step after every :meth:`request`."""
+    """Statistics of the first step of each optimizer after every :meth:`request`."""
 
     def __init__(self) -> None:
         self._values: dict[Optimizer, list[dict[str, Tensor]]] = {}
+        self._told: dict[Optimizer, dict[str, Tensor]] = {}
+        self._looking_at: Any = None
         self.requested = False
         self._answered: set[Optimizer] = set()
 
@@ -36,9 +39,20 @@ class CurvatureStatistics:
         if self.awaits(optimizer):
             self._answered.add(optimizer)
             self._values[optimizer] = [_describe(group) for group in optimizer.param_groups]
+            self._looking_at = optimizer
+
+    def take_what_was_done(self, optimizer: Any) -> None:
+        """Notes what the optimizer says of the step that it has just made, if its diagonals were looked at."""
+        if self._looking_at is optimizer:
+            self._looking_at = None
+            self._told[optimizer] = optimizer.stats
+
+    def told_by(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        """What the optimizer said of that step; empty where nothing is known."""
+        return self._told.get(optimizer, {})
 
     def of(self, optimizer: Optimizer) -> list[dict[str, Tensor]]:
-        """The latest statistics, a dictionary for each param group; empty where nothing is known."""
+        """Of the diagonals in that step, a dictionary for each param group; empty where nothing is known."""
         return self._values.get(optimizer, [{} for _ in optimizer.param_groups])
 
 

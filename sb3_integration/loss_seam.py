@@ -111,6 +111,7 @@ class LossSeam:
         for optimizer in optimizers:
             if hasattr(optimizer, "awaits_diagonals"):
                 optimizer.register_step_pre_hook(self._before_step)
+                optimizer.register_step_post_hook(self._after_step)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if any(argument is not None for argument in (*args[1:], *kwargs.values())):
@@ -121,7 +122,11 @@ class LossSeam:
                     raise self._no_curvature(optimizer, group["param_names"][k] if "param_names" in group else str(k))
         self.statistics.take(optimizer)
 
-    _before_step.may_be_skipped = True  # type: ignore[attr-defined]  # by a program, which gives every diagonal itself
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.statistics.take_what_was_done(optimizer)
+
+    # By a program, which gives every diagonal itself, and runs no step that is looked at.
+    _before_step.may_be_skipped = _after_step.may_be_skipped = True  # type: ignore[attr-defined]
 
     def _no_curvature(self, optimizer: Optimizer, name: str) -> RuntimeError:
         return RuntimeError(

@@ -158,7 +158,7 @@ class Step:
         self.name = name
         #: Called with the batch before a step that the optimizer's radius measures; without it they run eagerly.
         self.look_before: Callable[..., None] | None = None
-        self._modules = list(modules)
+        self.modules = list(modules)
         self._function = function
         self._forget()
 
@@ -273,7 +273,7 @@ class Step:
 
     def _read_state(self) -> ModuleState:
         if self._root is None:
-            self._root = _Root(self._modules)
+            self._root = _Root(self.modules)
             self._state = ModuleState(self._root)
         if self._state.changed():
             self._programs.clear()

@@ -38,8 +38,11 @@ def can_be_captured(optimizer: Optimizer | None) -> bool:
     """Whether an optimizer's update can be part of a program. Hooks on its step need a step to be called on."""
     return (
         type(optimizer) is AdaHesScale
-        and all(getattr(hook, "may_be_skipped", False) for hook in optimizer._optimizer_step_pre_hooks.values())
-        and not optimizer._optimizer_step_post_hooks
+        and all(
+            getattr(hook, "may_be_skipped", False)
+            for hooks in (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+            for hook in hooks.values()
+        )
         and not any(group["capturable"] for group in optimizer.param_groups)
         and not any(
             radius is not None and group["weight_decay"]

@@ -1,4 +1,4 @@
-"""Compiled PPO and A2C make the updates and log the values of Stable-Baselines3's own."""
+"""The compiled algorithms make the updates and log the values of Stable-Baselines3's own."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from stable_baselines3 import A2C, PPO
+from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.logger import Logger
 
 from hesscale_lightning.compiled_step import Step
 from sb3_integration import (
     CompiledA2C,
+    CompiledDDPG,
+    CompiledDQN,
     CompiledPPO,
+    CompiledSAC,
+    CompiledTD3,
     HesScaleActorCriticPolicy,
+    HesScaleDQNPolicy,
     HesScaleLoggingCallback,
+    HesScaleSACPolicy,
+    HesScaleTD3Policy,
 )
 
 CAPTURED = {"backend": "eager", "on_failure": "raise", "silent": True}
@@ -33,11 +40,13 @@ class Kept(Logger):
 
 def trained(cls: Any, policy: Any, environment: str, steps: int, **options: Any) -> tuple[Any, dict[str, Any]]:
     callback = options.pop("callback", None)
+    if "policy_kwargs" in options:
+        options["policy_kwargs"] = dict(options["policy_kwargs"])  # SAC writes into it
     model = cls(policy, environment, seed=0, device="cpu", **options)
     model.compile_step_options = CAPTURED
     logger = Kept()
     model.set_logger(logger)
-    for radius in getattr(model.policy.optimizer, "radii", ()):
+    for radius in getattr(getattr(model.policy, "optimizer", None), "radii", ()):
         if radius is not None:
             radius.warmup = 1  # measured updates are not compiled
     model.learn(steps, callback=callback() if callback else None)
@@ -125,3 +134,55 @@ def test_a_saved_model_goes_on(tmp_path):
     plain = PPO.load(tmp_path / "model", device="cpu")
     for p, q in zip(plain.policy.parameters(), before, strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=0)
+
+
+LOGGED = {"callback": lambda: HesScaleLoggingCallback(every_n_rollouts=4)}
+EXTRACTED = {"policy_kwargs": {"share_features_extractor": True, "net_arch": [16]}}
+OFF_POLICY: dict[str, tuple[Any, Any, Any, str, dict[str, Any]]] = {
+    "dqn": (DQN, CompiledDQN, HesScaleDQNPolicy, "CartPole-v1", {"target_update_interval": 7}),
+    "dqn, adam": (DQN, CompiledDQN, HesScaleDQNPolicy, "CartPole-v1", ADAM),
+    "dqn, plain policy, n-step returns": (DQN, CompiledDQN, "MlpPolicy", "CartPole-v1", {"n_steps": 3}),
+    "dqn, logged": (DQN, CompiledDQN, HesScaleDQNPolicy, "CartPole-v1", LOGGED),
+    "sac": (SAC, CompiledSAC, HesScaleSACPolicy, "Pendulum-v1", {}),
+    "sac, fixed entropy coefficient": (SAC, CompiledSAC, HesScaleSACPolicy, "Pendulum-v1", {"ent_coef": 0.1}),
+    "sac, shared extractor": (SAC, CompiledSAC, HesScaleSACPolicy, "Pendulum-v1", EXTRACTED),
+    "sac, adam": (SAC, CompiledSAC, HesScaleSACPolicy, "Pendulum-v1", ADAM),
+    "sac, logged": (SAC, CompiledSAC, HesScaleSACPolicy, "Pendulum-v1", LOGGED),
+    "td3": (TD3, CompiledTD3, HesScaleTD3Policy, "Pendulum-v1", {}),
+    "td3, shared extractor": (TD3, CompiledTD3, HesScaleTD3Policy, "Pendulum-v1", EXTRACTED),
+    "td3, logged": (TD3, CompiledTD3, HesScaleTD3Policy, "Pendulum-v1", LOGGED),
+    "td3, plain policy": (TD3, CompiledTD3, "MlpPolicy", "Pendulum-v1", {"policy_delay": 1}),
+    "ddpg": (DDPG, CompiledDDPG, HesScaleTD3Policy, "Pendulum-v1", {}),
+}
+
+
+@pytest.mark.parametrize("name", OFF_POLICY)
+def test_first_updates_of_off_policy_algorithms_are_those_of_the_uncompiled(name, monkeypatch):
+    def noise(mean, std):  # the same at every call, because SAC's two draws change places
+        return torch.linspace(-1.5, 1.5, mean.numel(), dtype=mean.dtype).reshape(mean.shape)
+
+    monkeypatch.setattr(
+        "torch.distributions.normal._standard_normal",
+        lambda shape, dtype, device: noise(torch.zeros(shape, dtype=dtype), None),
+    )
+    plain, compiled, policy, environment, options = OFF_POLICY[name]
+    options = {"learning_starts": 20, "train_freq": 1, "batch_size": 16, **options}
+    eager, expected = trained(plain, policy, environment, 28, **options)
+    model, values = trained(compiled, policy, environment, 28, **options)
+    for (key, p), q in zip(model.policy.named_parameters(), eager.policy.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=5e-6, msg=lambda m, key=key: f"{key}: {m}")
+    assert set(values) == set(expected)
+    for key, value in expected.items():
+        if key.startswith(("train/", "hesscale/")):
+            assert values[key] == pytest.approx(value, rel=2e-3, abs=1e-5), key
+    assert model._n_updates == eager._n_updates > 5
+    assert [step.programs for step in model._steps.values()] == [1] * (1 if plain is DQN else 2)
+    assert all(p.requires_grad for p in model.policy.parameters()) is all(
+        p.requires_grad for p in eager.policy.parameters()
+    )
+
+
+def test_gsde_of_sac_is_not_compiled():
+    with pytest.warns(UserWarning, match="use_sde=True"):
+        model, _ = trained(CompiledSAC, HesScaleSACPolicy, "Pendulum-v1", 25, learning_starts=20, use_sde=True)
+    assert not model._steps

@@ -8,8 +8,7 @@ saving.
 from __future__ import annotations
 
 import copy
-from contextlib import ExitStack
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,58 +19,31 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.utils import explained_variance
 from torch import Tensor
 
-from hesscale_lightning.compiled_step import Settings, Step
+from hesscale_lightning.compiled_step import Step
+from sb3_integration.compiled_algorithms.updates import CompiledUpdates
 
 
-class CompiledTrainingMixin(OnPolicyAlgorithm):
-    """What the compiled algorithms have in common.
+class CompiledOnPolicyUpdates(CompiledUpdates, OnPolicyAlgorithm):
+    """What CompiledPPO and CompiledA2C have in common."""
 
-    Attributes:
-        compile_step_options: Arguments of :func:`hesscale_lightning.compile_step`: ``backend``, ``on_failure``,
-            ``short_batch``, ``max_programs``, ``options`` and ``silent``.
-    """
-
-    compile_step_options: ClassVar[dict[str, Any]] = {}
-    _steps: dict[bool, Step] | None = None
-
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_steps"]
-
-    def _step(self, *, updates: bool) -> Step:
+    def _policy_step(self, *, updates: bool) -> Step:
         """The update of a minibatch, or its gradient alone."""
-        optimizer: Any = self.policy.optimizer
-        if self._steps is None:
-            self._steps = {}
-        step = self._steps.get(updates)
-        if step is None or step._modules[0] is not self.policy:
-            step = self._steps[updates] = Step(
-                [self.policy],
-                self._loss,
-                method=None,
-                optimizer=optimizer if updates else None,
-                max_grad_norm=self.max_grad_norm if updates else None,
-                settings=Settings(**self.compile_step_options),
-                name=f"the update of {type(self).__name__}",
-            )
-        seam = getattr(self.policy, "seam", None)
-        step.method = seam.method if seam is not None and hasattr(optimizer, "awaits_diagonals") else None
+        step = self._step(
+            "the update" if updates else "the gradient",
+            [self.policy],
+            self._loss,
+            self.policy.optimizer,
+            updates=updates,
+            max_grad_norm=self.max_grad_norm,
+        )
         if updates:
             step.look_before = None if getattr(self.policy, "policy_radius", None) is None else self._look_before
-            step.optimizer, step.max_grad_norm = optimizer, self.max_grad_norm
-            # Left out where nobody logs what the optimizer says about its step with the gradient at hand.
-            step.keep_gradients = seam is not None and seam.statistics.requested
         return step
 
     def _update(self, *batch: Any) -> Tensor:
         """Updates the policy; returns what ``_loss`` returns beside the loss."""
-        step = self._step(updates=True)
-        seam = getattr(self.policy, "seam", None)
-        if seam is not None and step.method is not None and seam.statistics.awaits(self.policy.optimizer):
-            _, told = step.eagerly(*batch)  # in which the diagonals are looked at
-        else:
-            _, told = step(*batch)
-        result: Tensor = told
-        return result
+        told: Tensor = self._run(self._policy_step(updates=True), *batch)
+        return told
 
     def _loss(self, *batch: Any) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -93,10 +65,7 @@ class CompiledTrainingMixin(OnPolicyAlgorithm):
         """``evaluate_actions`` without a tag on the values, and without a trace on the policy."""
         policy: Any = self.policy
         actions = self._as_evaluated(actions)
-        with ExitStack() as stack:
-            seam = getattr(policy, "seam", None)
-            if seam is not None:
-                stack.enter_context(seam.without_tags())
+        with self._without_tags():
             distribution, policy.action_dist = policy.action_dist, copy.copy(policy.action_dist)
             try:
                 values, log_prob, entropy = policy.evaluate_actions(observations, actions)
@@ -117,7 +86,7 @@ class CompiledTrainingMixin(OnPolicyAlgorithm):
             self.logger.record("train/std", torch.exp(self.policy.log_std).mean().item())
 
 
-class CompiledPPO(CompiledTrainingMixin, PPO):
+class CompiledPPO(CompiledOnPolicyUpdates, PPO):
     """PPO with compiled updates: the arguments, policies and logged values of ``stable_baselines3.PPO``.
 
     The policy's optimizer is part of the program if it is AdaHesScale, as with the policies of this package; others,
@@ -181,7 +150,7 @@ class CompiledPPO(CompiledTrainingMixin, PPO):
 
     def _gradient(self, *batch: Any) -> Tensor:
         self.policy.optimizer.zero_grad()
-        step = self._step(updates=False)
+        step = self._policy_step(updates=False)
         # A radius in nats asks what was evaluated for the loss, and the optimizer steps by itself here.
         measured = getattr(self.policy, "policy_radius", None) is not None
         _, told = step.eagerly(*batch) if measured else step(*batch)
@@ -230,7 +199,7 @@ class CompiledPPO(CompiledTrainingMixin, PPO):
         return inside
 
 
-class CompiledA2C(CompiledTrainingMixin, A2C):
+class CompiledA2C(CompiledOnPolicyUpdates, A2C):
     """A2C with compiled updates: the arguments, policies and logged values of ``stable_baselines3.A2C``.
 
     See :class:`CompiledPPO`.
