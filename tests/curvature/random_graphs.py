@@ -84,24 +84,24 @@ def anything(x: Tensor) -> bool:
 
 
 def small(x: Tensor) -> bool:
-    return bool(x.abs().max() < 2)
+    return bool((x.abs() < 2).all())
 
 
 def positive(x: Tensor) -> bool:
-    return bool(x.min() > 0.2)
+    return bool((x > 0.2).all())
 
 
 def off(*kinks: float) -> Callable[[Tensor], bool]:
-    return lambda x: all(bool((x - kink).abs().min() > 1e-3) for kink in kinks)
+    return lambda x: all(bool(((x - kink).abs() > 1e-3).all()) for kink in kinks)
 
 
 def within(bound: float) -> Callable[[Tensor], bool]:
-    return lambda x: bool(x.abs().max() < bound)
+    return lambda x: bool((x.abs() < bound).all())
 
 
 def distinct(x: Tensor) -> bool:
     values = x.reshape(-1).sort().values
-    return len(values) < 2 or bool(values.diff().min() > 1e-3)
+    return len(values) < 2 or bool((values.diff() > 1e-3).all())
 
 
 UNARY: list[tuple[str, Function, Callable[[Tensor], bool]]] = [
@@ -111,7 +111,7 @@ UNARY: list[tuple[str, Function, Callable[[Tensor], bool]]] = [
     ("log", torch.log, positive),
     ("sqrt", torch.sqrt, positive),
     ("rsqrt", torch.rsqrt, positive),
-    ("reciprocal", torch.reciprocal, lambda x: bool(x.abs().min() > 0.3)),
+    ("reciprocal", torch.reciprocal, lambda x: bool((x.abs() > 0.3).all())),
     ("sin", torch.sin, anything),
     ("cos", torch.cos, anything),
     ("relu", torch.relu, off(0)),
@@ -144,7 +144,7 @@ UNARY: list[tuple[str, Function, Callable[[Tensor], bool]]] = [
     ("1 - x", lambda x: 1 - x, anything),
     ("x + 1", lambda x: x + 1, anything),
     ("x / 3", lambda x: x / 3, anything),
-    ("3 / x", lambda x: 3 / x, lambda x: bool(x.abs().min() > 0.5)),
+    ("3 / x", lambda x: 3 / x, lambda x: bool((x.abs() > 0.5).all())),
     ("positive", lambda x: F.softplus(x) + 0.3, anything),
 ]
 
@@ -156,12 +156,12 @@ BINARY: list[tuple[str, Function, Pair]] = [
     ("sub", torch.sub, lambda a, b: True),
     ("add alpha", lambda a, b: torch.add(a, b, alpha=-0.5), lambda a, b: True),
     ("rsub", torch.rsub, lambda a, b: True),
-    ("div", torch.div, lambda a, b: bool(b.abs().min() > 0.3)),
+    ("div", torch.div, lambda a, b: bool((b.abs() > 0.3).all())),
     ("pow", torch.pow, lambda a, b: positive(a) and small(b)),
     ("maximum", torch.maximum, lambda a, b: off(0)(a - b)),
     ("minimum", torch.minimum, lambda a, b: off(0)(a - b)),
-    ("atan2", torch.atan2, lambda a, b: bool((a * a + b * b).min() > 0.1)),
-    ("hypot", torch.hypot, lambda a, b: bool((a * a + b * b).min() > 0.1)),
+    ("atan2", torch.atan2, lambda a, b: bool(((a * a + b * b) > 0.1).all())),
+    ("hypot", torch.hypot, lambda a, b: bool(((a * a + b * b) > 0.1).all())),
     ("logaddexp", torch.logaddexp, lambda a, b: True),
     ("xlogy", torch.xlogy, lambda a, b: positive(b)),
     ("lerp", lambda a, b: torch.lerp(a, b, 0.3), lambda a, b: True),
