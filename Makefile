@@ -23,7 +23,7 @@ demo: $(STAMP)  ## train a digits classifier with AdaHesScale, compare with Adam
 	$(BIN)/python examples/lightning/demo.py $(if $(SHORT),--short)
 
 demo-rl: $(STAMP)  ## train PPO on CartPole with AdaHesScale and with Stable-Baselines3's own policy, draw both curves
-	$(BIN)/python examples/reinforcement_learning/train.py --required_return 475
+	$(BIN)/python examples/reinforcement_learning/train.py --compiled true --required_return 475
 
 examples: $(STAMP)  ## run every example config in full
 	for config in examples/lightning/*.yaml; do \

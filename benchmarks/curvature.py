@@ -2,8 +2,9 @@
 
     python -m benchmarks.curvature [--seconds 4] [--only MLP] [--json FILE] [--write README.md]
 
-Beside it stands what the Hutchinson estimate of AdaHessian costs with one probe (a Hessian-vector product with a random
-sign vector), and the peak memory of torch's allocator in each case.
+Beside it stand a compiled step (`compile_step`: forward, backward and HesScale as one program) over the same eager
+gradient and over a compiled one, what the Hutchinson estimate of AdaHessian costs with one probe (a Hessian-vector
+product with a random sign vector), and the peak memory of torch's allocator.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.timing import Ratio, peak_bytes, ratios, write_table
+from hesscale_lightning import compile_step
 from hesscale_lightning.curvature import attach
 
 
@@ -183,10 +185,21 @@ def variants(workload: Workload) -> dict[str, Callable[[], None]]:
             p.grad = g.detach()
             p.hess_diag = z * product  # type: ignore[attr-defined]
 
+    def compiled(method: Any) -> Callable[[], None]:
+        program = compile_step(model, F.cross_entropy, method=method, silent=True, on_failure="raise")
+
+        def step() -> None:
+            clear()
+            program(x, target)
+
+        return step
+
     return {
         "gradient": gradient,
         "hesscale": curvature("hesscale"),
         "hesscale_gn": curvature("hesscale_gn"),
+        "compiled": compiled("hesscale"),
+        "compiled gradient": compiled(None),
         "hutchinson": hutchinson,
     }
 
@@ -194,22 +207,24 @@ def variants(workload: Workload) -> dict[str, Callable[[], None]]:
 def measure(workload: Workload, seconds: float) -> dict[str, Any]:
     steps = variants(workload)
     timed = dict(zip(steps, ratios(list(steps.values()), seconds), strict=True))
+    timed["over compiled"] = ratios([steps["compiled gradient"], steps["compiled"]], seconds / 2)[1]
     memory = {name: peak_bytes(step) for name, step in steps.items()}
     return {"workload": workload.name, "target": workload.target, "time": timed, "memory": memory}
 
 
 def table(results: list[dict[str, Any]]) -> str:
     lines = [
-        "| network | gradient | HesScale | to reach | HesScaleGN | Hutchinson, 1 probe "
-        "| peak memory: HesScale | Hutchinson |",
-        "|---|---|---|---|---|---|---|---|",
+        "| network | gradient | HesScale | to reach | HesScaleGN | compiled step over eager gradient "
+        "| over compiled gradient | Hutchinson, 1 probe | peak memory: HesScale | Hutchinson |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         time: dict[str, Ratio] = result["time"]
         memory = result["memory"]
         lines.append(
             f"| {result['workload']} | {time['gradient'].baseline_us / 1000:.2f} ms | {time['hesscale']} "
-            f"| {result['target']:.2f} | {time['hesscale_gn']} | {time['hutchinson']} "
+            f"| {result['target']:.2f} | {time['hesscale_gn']} | {time['compiled']} "
+            f"| {time['over compiled'].median:.2f} | {time['hutchinson']} "
             f"| {memory['hesscale'] / memory['gradient']:.2f} | {memory['hutchinson'] / memory['gradient']:.2f} |"
         )
     return "\n".join(lines)

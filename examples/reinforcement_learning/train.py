@@ -4,8 +4,9 @@
     python examples/reinforcement_learning/train.py --algorithm SAC --environment Pendulum-v1 --steps 5000
     python examples/reinforcement_learning/train.py --policy_kwargs.critic_optimizer_kwargs.lr_scale 3
 
-The algorithm is used as it comes: what differs between the two runs is the policy class that is passed to it. Options
-are documented in `Arguments`; `--help` lists them. `make demo-rl` runs this with `--required_return 475`.
+The algorithm is used as it comes: what differs between the two runs is the policy class that is passed to it, and with
+`--compiled true` that AdaHesScale's run has its updates compiled. Options are documented in `Arguments`; `--help` lists
+them. `make demo-rl` runs this with `--compiled true --required_return 475`.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from stable_baselines3.common.results_plotter import load_results, ts2xy
 
 import sb3_integration as hesscale
 
-POLICIES: dict[str, tuple[Any, Any]] = {
-    "PPO": (PPO, hesscale.HesScaleActorCriticPolicy),
-    "A2C": (A2C, hesscale.HesScaleActorCriticPolicy),
-    "DQN": (DQN, hesscale.HesScaleDQNPolicy),
-    "SAC": (SAC, hesscale.HesScaleSACPolicy),
-    "TD3": (TD3, hesscale.HesScaleTD3Policy),
-    "DDPG": (DDPG, hesscale.HesScaleTD3Policy),
+ALGORITHMS: dict[str, tuple[Any, Any, Any]] = {  # the algorithm, the same with compiled updates, and our policy
+    "PPO": (PPO, hesscale.CompiledPPO, hesscale.HesScaleActorCriticPolicy),
+    "A2C": (A2C, hesscale.CompiledA2C, hesscale.HesScaleActorCriticPolicy),
+    "DQN": (DQN, hesscale.CompiledDQN, hesscale.HesScaleDQNPolicy),
+    "SAC": (SAC, hesscale.CompiledSAC, hesscale.HesScaleSACPolicy),
+    "TD3": (TD3, hesscale.CompiledTD3, hesscale.HesScaleTD3Policy),
+    "DDPG": (DDPG, hesscale.CompiledDDPG, hesscale.HesScaleTD3Policy),
 }
 COLORS = {"AdaHesScale": "#2563eb", "Stable-Baselines3's own": "#ea7317"}
 
@@ -57,6 +58,7 @@ class Arguments:
         environments: How many environments run side by side.
         algorithm_kwargs: More arguments of the algorithm, in both runs.
         policy_kwargs: ``policy_kwargs`` of the run with AdaHesScale.
+        compiled: Compile the updates of the run with AdaHesScale, which takes some seconds before the first.
         plain: Also train with Stable-Baselines3's own policy.
         evaluation_episodes: Episodes of the evaluation at the end, without exploration.
         required_return: Exit with an error if AdaHesScale's mean return there is lower.
@@ -71,6 +73,7 @@ class Arguments:
     environments: int = 8
     algorithm_kwargs: dict[str, Any] = field(default_factory=dict)
     policy_kwargs: dict[str, Any] = field(default_factory=dict)
+    compiled: bool = False
     plain: bool = True
     evaluation_episodes: int = 20
     required_return: float | None = None
@@ -90,7 +93,8 @@ class Outcome:
 
 
 def train(name: str, policy: Any, policy_kwargs: dict[str, Any], args: Arguments) -> Outcome:
-    algorithm: Any = POLICIES[args.algorithm][0]
+    plain, compiled, _ = ALGORITHMS[args.algorithm]
+    algorithm: Any = compiled if args.compiled and name == "AdaHesScale" else plain
     folder = args.output / f"{args.algorithm}_{args.environment}" / name.split()[0].strip("'s").lower()
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.monitor.csv"):
@@ -103,7 +107,8 @@ def train(name: str, policy: Any, policy_kwargs: dict[str, Any], args: Arguments
         kwargs["learning_rate"] = args.learning_rate
     model: BaseAlgorithm = algorithm(policy, env, seed=args.seed, device="cpu", policy_kwargs=policy_kwargs, **kwargs)
     callbacks = CallbackList([hesscale.HesScaleLoggingCallback()] if name == "AdaHesScale" else [])
-    print(f"{args.algorithm} on {args.environment} with {name}: {args.steps:,} steps", flush=True)
+    how = ", compiled updates" if algorithm is compiled else ""
+    print(f"{args.algorithm} on {args.environment} with {name}: {args.steps:,} steps{how}", flush=True)
     start = time.perf_counter()
     model.learn(args.steps, callback=callbacks, progress_bar=sys.stdout.isatty())
     seconds = time.perf_counter() - start
@@ -142,7 +147,7 @@ def draw(outcomes: list[Outcome], args: Arguments, picture: Path) -> None:
 def main(args: Arguments) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     warnings.filterwarnings("ignore", category=UserWarning)
-    outcomes = [train("AdaHesScale", POLICIES[args.algorithm][1], args.policy_kwargs, args)]
+    outcomes = [train("AdaHesScale", ALGORITHMS[args.algorithm][2], args.policy_kwargs, args)]
     if args.plain:
         outcomes.append(train("Stable-Baselines3's own", "MlpPolicy", {}, args))
     picture = args.output / f"{args.algorithm}_{args.environment}.png"
