@@ -131,6 +131,7 @@ class Attachment:
         if self.held is None:
             self._fresh = {cell for cell, node in leaves if node.variable.grad is None}
         else:
+            self.held.begin()
             self._fresh = {cell for cell, node in leaves if self.held.fresh(node.variable)}
         self._started = True
         Variable._execution_engine.queue_callback(partial(_finish, ref))

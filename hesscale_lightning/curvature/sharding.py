@@ -26,9 +26,13 @@ from hesscale_lightning.curvature.precision import HALF
 #: Modules under ``fully_shard``, empty in a process that has none: what an ordinary step asks.
 sharded_modules = _module_state_mapping
 
+_PLAIN = (Tensor, nn.Parameter)
+
 
 def is_distributed(tensor: Any) -> bool:
     """Whether it is a DTensor; without the import where there can be none."""
+    if type(tensor) in _PLAIN:
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -165,11 +169,21 @@ class Held:
 
     def __init__(self, parts: dict[int, Any], groups: list[Any]) -> None:
         self._parts = parts
-        self._frees = [(group, group.reshard_after_backward) for group in groups]
+        self._groups = groups
+        self._frees: list[bool] = []  # whether FSDP2 frees each group in backward, once that has begun
         self._arrived: list[tuple[Any, Tensor, Tensor | None, bool]] = []
-        for group in groups:
+        self._gather()
+
+    def _gather(self) -> None:
+        for group in self._groups:
             group.unshard()
             group.wait_for_unshard()
+
+    def begin(self) -> None:
+        """Gathers again what another forward or backward pass has freed since, and keeps it from being freed."""
+        self._gather()
+        self._frees = [group.reshard_after_backward for group in self._groups]
+        for group in self._groups:
             group.reshard_after_backward = False
 
     def __del__(self) -> None:
@@ -178,11 +192,12 @@ class Held:
     def release(self) -> None:
         """Hands the groups back to FSDP2, which frees those that have yet to pass backward's end itself."""
         state = sys.modules["torch.distributed.fsdp._fully_shard._fsdp_common"].TrainingState
-        for group, frees in self._frees:
+        for group, frees in zip(self._groups, self._frees, strict=False):
             group.reshard_after_backward = frees
-            if frees and group._training_state != state.PRE_BACKWARD:
+        for group in self._groups:
+            if group.reshard_after_backward and group._training_state != state.PRE_BACKWARD:
                 group.reshard()
-        self._frees = []
+        self._groups = []
 
     def fresh(self, leaf: Tensor) -> bool:
         """Whether the gradient of a leaf starts anew."""

@@ -17,7 +17,7 @@ from hesscale_lightning.optim.hyperparameters import check_options, learning_rat
 from hesscale_lightning.optim.normalized_update import Batch, UpdateRule, mean_curvature, normalized_update
 from hesscale_lightning.optim.parameter_state import new_state, restored
 from hesscale_lightning.optim.radius import CalibratedRadius, Made, Regions, calibration, host_rate
-from hesscale_lightning.optim.sharded import check_placements, layout, local, refuse_radius, total
+from hesscale_lightning.optim.sharded import check_placements, is_distributed, layout, local, refuse_radius, total
 from hesscale_lightning.optim.step_record import StepRecord, describe
 from hesscale_lightning.optim.tensor_lists import add_one, beside, multiply, never_compiled, subtract
 from hesscale_lightning.optim.trust_region import flatten_statistics, trust_region_scale
@@ -329,7 +329,7 @@ class AdaHesScale(Optimizer):
             beta1, beta2, group["eps"], group["denominator"], group["max_update"], delta is not None, weights
         )
         lr = self._rate(index)
-        foreach = use_foreach(group["foreach"], (local(param.data) for param, _, _ in found))
+        foreach = use_foreach(group["foreach"], (local(param) for param, _, _ in found))
 
         batches = self._average(group, found, clipping * beside(grad_scale.unscaling, clipping), foreach)
         if group["damping"] and batches:
@@ -407,10 +407,14 @@ class AdaHesScale(Optimizer):
             batch = batches.get(key)
             if batch is None:
                 batch = batches[key] = _Averaging(counts=counts, where=where)
-            m, v = local(state["exp_avg"]), local(state["exp_avg_hess"])
-            batch.params.append(local(param))
+            m, v = state["exp_avg"], state["exp_avg_hess"]
             batch.holders.append(param)
-            grad = local(grad)
+            if is_distributed(param):
+                m, v, grad = local(m), local(v), local(grad)
+                diagonal = None if diagonal is None else local(diagonal)
+                batch.params.append(local(param))
+            else:
+                batch.params.append(param)
             batch.grad_averages.append(m)
             batch.curvature_averages.append(v)
             if on_device:
@@ -419,7 +423,7 @@ class AdaHesScale(Optimizer):
             batch.grads.append(grad if grad.dtype == m.dtype else grad.to(m.dtype))
             if diagonal is not None:
                 batch.refreshed.append(v)
-                batch.diagonals.append(local(diagonal))
+                batch.diagonals.append(diagonal)
                 param.hess_diag = None  # type: ignore[attr-defined]
         beta1, beta2 = group["betas"]
         for batch in batches.values():

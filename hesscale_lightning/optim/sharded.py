@@ -14,9 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 
 def is_distributed(tensor: Any) -> bool:
     """Whether it is a DTensor; without the import where there can be none."""
+    if type(tensor) in _PLAIN:
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

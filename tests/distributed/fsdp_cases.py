@@ -117,6 +117,71 @@ def diagonals(make, children=True, reshard=True, accumulate="", method="hesscale
     return max(worst, difference(net, ref, "data"))
 
 
+def between(passes):
+    """A forward pass between attach and backward, which frees the parameters, or two losses attached at once."""
+    torch.manual_seed(1)
+    net = mlp().double()
+    ref = copy.deepcopy(net)
+    shard(net, True, reshard_after_forward=True)
+    worst = 0.0
+    for step in range(4):
+        for model, rows in ((ref, slice(None)), (net, slice(dist.get_rank(), None, 2))):
+            model.zero_grad()
+            losses = []
+            for seed in range(passes):
+                x, y = data(net, 10 * step + seed)
+                losses.append(cross_entropy(model(x[rows]), y[rows]))
+                attach(losses[-1])
+            if passes == 1:
+                with torch.no_grad():
+                    model(x[rows])
+            for loss in losses:
+                loss.backward()
+        worst = max(worst, difference(net, ref, "hess_diag"), difference(net, ref, "grad"))
+        with torch.no_grad():
+            for p in (*net.parameters(), *ref.parameters()):
+                p -= 0.05 * p.grad
+    return worst
+
+
+def given_up():
+    """What was attached and dropped or removed leaves shards, so the next forward pass has the new weights."""
+    torch.manual_seed(1)
+    net = mlp().double()
+    ref = copy.deepcopy(net)
+    shard(net, True)
+    x, y = data(net, 0)
+    for remove in (False, True):
+        attachment = attach(loss := cross_entropy(net(x), y))
+        if remove:
+            attachment.remove()
+        del loss, attachment
+        with torch.no_grad():
+            for p in (*net.parameters(), *ref.parameters()):
+                p *= 0.9
+    return (net(x) - ref(x)).abs().max().item()
+
+
+def frozen_critic():
+    """Gradients go through a sharded model of which no parameter is trained, and through one that is not wanted."""
+    worst = 0.0
+    for trained in (False, True):
+        torch.manual_seed(1)
+        net, critic = nn.Linear(5, 5).double(), mlp().double().requires_grad_(trained)
+        pairs = [(copy.deepcopy(net), copy.deepcopy(critic)), (net, critic)]
+        shard(net, False)
+        shard(critic, True)
+        for step in range(3):
+            x, y = data(critic, step)
+            for (a, b), rows in zip(pairs, (slice(None), slice(dist.get_rank(), None, 2)), strict=True):
+                a.zero_grad()
+                loss = cross_entropy(b(torch.tanh(a(x[rows]))), y[rows])
+                attach(loss, list(a.parameters()))
+                loss.backward()
+            worst = max(worst, difference(net, pairs[0][0], "hess_diag"))
+    return worst
+
+
 def half(**_):
     """A policy of bfloat16 parameters: diagonals are the float32 shards' and close to those of full precision."""
     torch.manual_seed(1)
@@ -224,6 +289,10 @@ CASES = {
     "frozen": lambda: diagonals(frozen),
     "unused": lambda: diagonals(unused),
     "checkpoint inside": lambda: diagonals(Checkpointed, children=False),
+    "forward between": lambda: between(1),
+    "two losses": lambda: between(2),
+    "given up": given_up,
+    "frozen critic": frozen_critic,
     "mixed precision": half,
     "AdaHesScale": lambda: training(adahesscale(lr=0.5)),
     "AdaHesScale foreach": lambda: training(adahesscale(lr=0.5, foreach=True)),
