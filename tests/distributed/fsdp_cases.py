@@ -197,7 +197,12 @@ def half(**_):
     return difference(net, ref, "hess_diag")
 
 
-def training(make_optimizer, clip=None):
+def hybrid():
+    """Replicated twice; in four processes shards are halves, in two they are whole."""
+    return init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
+
+
+def training(make_optimizer, clip=None, resume=False):
     """The weights after five steps."""
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(1)
@@ -206,6 +211,10 @@ def training(make_optimizer, clip=None):
     shard(net, True)
     mine, other = make_optimizer(net.parameters()), make_optimizer(ref.parameters())
     for step in range(5):
+        if resume and step == 3:
+            saved = copy.deepcopy(mine.state_dict())
+            mine = make_optimizer(net.parameters())
+            mine.load_state_dict(saved)
         x, y = data(net, step)
         for model, optimizer, rows in ((ref, other, slice(None)), (net, mine, slice(rank, None, world))):
             optimizer.zero_grad()
@@ -284,7 +293,7 @@ CASES = {
     "gauss-newton": lambda: diagonals(mlp, method="hesscale_gn"),
     "accumulation with sync": lambda: diagonals(mlp, accumulate="with sync"),
     "accumulation without sync": lambda: diagonals(mlp, accumulate="without sync"),
-    "hybrid": lambda: diagonals(mlp, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))),
+    "hybrid": lambda: diagonals(mlp, mesh=hybrid()),
     "tied": lambda: diagonals(Tied),
     "frozen": lambda: diagonals(frozen),
     "unused": lambda: diagonals(unused),
@@ -300,6 +309,8 @@ CASES = {
     "AdaHesScale damped": lambda: training(adahesscale(lr=0.5, damping=0.1)),
     "AdaHesScale clipped": lambda: training(adahesscale(lr=0.5, denominator="abs"), clip=0.1),
     "StepSizeScaling": lambda: training(scaling(delta=1e-3)),
+    "AdaHesScale resumed": lambda: training(adahesscale(lr=0.5), resume=True),
+    "StepSizeScaling resumed": lambda: training(scaling(delta=1e-3), resume=True),
     "StepSizeScaling damped": lambda: training(scaling(delta=1e-3, damping=0.1), clip=0.1),
     "rank one": lambda: refused(ValueError, "hesscale_rank1", lambda: diagonals(mlp, method="hesscale_rank1")),
     "checkpointed sharded": lambda: refused(RuntimeError, "is checkpointed", checkpointed_sharded),

@@ -15,9 +15,17 @@ _BOUNDS = {"mixed precision": 0.1}  # bfloat16 has 8 bits
 _HERE = Path(__file__).resolve()
 
 
-def _launch(program):
+def _launch(program, *arguments, processes=2):
     environment = {**os.environ, "PYTHONPATH": str(_HERE.parents[2]), "OMP_NUM_THREADS": "1"}
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(processes),
+        str(program),
+        *arguments,
+    ]
     done = subprocess.run(
         [sys.executable, *launch], env=environment, capture_output=True, text=True, timeout=170, check=False
     )
@@ -45,3 +53,9 @@ def test_two_processes_agree_with_one_on_the_global_batch(outcomes, name):
 def test_the_example_learns():
     losses = re.findall(r"loss ([\d.]+)", _launch(_HERE.parents[2] / "examples" / "fsdp.py"))
     assert float(losses[-1]) < 0.5 * float(losses[0])
+
+
+def test_four_processes_on_a_hybrid_mesh():
+    name, error = _launch(_HERE.parent / "fsdp_cases.py", "hybrid", processes=4).split("\t")
+    assert name == "hybrid"
+    assert float(error) < 1e-10
