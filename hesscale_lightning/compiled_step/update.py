@@ -333,6 +333,7 @@ def _batches(params: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]) -
         counts = (s["step"].item(), s["hess_step"].item())
         batch = batches.setdefault((p.device, p.dtype, counts), Batch(counts=counts))
         batch.params.append(p)
+        batch.holders.append(p)
         batch.grad_averages.append(s["exp_avg"])
         batch.curvature_averages.append(s["exp_avg_hess"])
     return list(batches.values())

@@ -26,6 +26,7 @@ from hesscale_lightning.curvature.capturing import address_of
 from hesscale_lightning.curvature.gradient_hooks import Watch, ours, suspected
 from hesscale_lightning.curvature.graph import Node
 from hesscale_lightning.curvature.precision import HALF
+from hesscale_lightning.curvature.sharding import Held
 
 will_execute = torch._C._will_engine_execute_node
 
@@ -45,6 +46,7 @@ class Attachment:
     _inner: Mapping[int, tuple[Node, Tensor]] = {}  # by cell, node and tensor of each that is no leaf
     _watch: Watch | None = None  # whether a hook changes a gradient, where that may be
     _fresh: Set[int] = frozenset()  # cells of the leaves that had no gradient when backward began
+    held: Held | None = None  # sharded parameters, where there are some
 
     def __init__(self, device_type: str) -> None:
         self._device_type = device_type
@@ -69,6 +71,9 @@ class Attachment:
         self._handles = ()
         self._leaves = ()
         self._inner = {}
+        if self.held is not None:
+            self.held.release()
+            self.held = None
         self._let_go()
 
     def arm(self) -> None:
@@ -123,7 +128,11 @@ class Attachment:
                 "gradient: attach their sum, or call backward() on each"
             )
         _latest[:] = task, ref
-        self._fresh = {cell for cell, node in leaves if node.variable.grad is None}
+        if self.held is None:
+            self._fresh = {cell for cell, node in leaves if node.variable.grad is None}
+        else:
+            self.held.begin()
+            self._fresh = {cell for cell, node in leaves if self.held.fresh(node.variable)}
         self._started = True
         Variable._execution_engine.queue_callback(partial(_finish, ref))
 
@@ -164,6 +173,8 @@ class Attachment:
         for cell, node in self._leaves:
             tensor = node.variable
             h = arrived[cell]
+            if self.held is not None and self.held.takes(tensor, h, cell in fresh):
+                continue
             if (
                 h is None
                 or h.stride() != tensor.stride()
@@ -179,6 +190,8 @@ class Attachment:
                 tensor.hess_diag = h
             else:
                 _add(tensor, h)
+        if self.held is not None:
+            self.held.scatter()
         for cell, (_, tensor) in self._inner.items():
             _add(tensor, _laid_out_like(tensor, arrived[cell]))
 

@@ -31,6 +31,7 @@ from hesscale_lightning.curvature.planning import (
 from hesscale_lightning.curvature.program import Program, compile_program
 from hesscale_lightning.curvature.recorded_operation import RecordedOperation, Recording
 from hesscale_lightning.curvature.registry import find_rule
+from hesscale_lightning.curvature.sharding import hold, refuse_distributed_loss, sharded_modules
 from hesscale_lightning.curvature.structure import MOST_NODES, Met, Structure, StructureCache, fingerprint, slots_of
 
 Method = Literal["hesscale", "hesscale_gn", "bl89", "hesscale_rank1"]
@@ -89,11 +90,9 @@ def attach(loss: Tensor, params: Iterable[Tensor] | None = None, *, method: Meth
     root = root_of(loss, method)
     wanted = _by_id(params)
     try:
-        attachment: Attachment
-        try:
-            attachment = together(GraphExecGroup(), _armed, loss, root, wanted, method)
-        except CheckpointError:  # a tensor is asked for twice, which a group hands out once: recompute for each
-            attachment = _armed(loss, root, wanted, method)
+        attachment = _attached_sharded(loss, root, wanted, method) if sharded_modules else None
+        if attachment is None:
+            attachment = _attached(loss, root, wanted, method)
     except RuntimeError as error:
         if "through the graph a second time" in str(error):
             raise RuntimeError(
@@ -102,6 +101,30 @@ def attach(loss: Tensor, params: Iterable[Tensor] | None = None, *, method: Meth
             ) from None
         raise
     setattr(loss, _OWNER, attachment)
+    return attachment
+
+
+def _attached(loss: Tensor, root: Node, wanted: dict[int, Tensor] | None, method: str) -> Attachment:
+    try:
+        return together(GraphExecGroup(), _armed, loss, root, wanted, method)  # type: ignore[no-any-return]
+    except CheckpointError:  # a tensor is asked for twice, which a group hands out once: recompute for each
+        return _armed(loss, root, wanted, method)
+
+
+def _attached_sharded(loss: Tensor, root: Node, wanted: dict[int, Tensor] | None, method: str) -> Attachment | None:
+    """The armed pass of a graph with modules under ``fully_shard``; None if there are none in it."""
+    held, wanted = hold(root, wanted, method)
+    if held is None:
+        return None
+    try:
+        attachment = _attached(loss, root, wanted, method)
+    except BaseException:
+        held.release()
+        raise
+    if attachment.active:
+        attachment.held = held
+    else:
+        held.release()
     return attachment
 
 
@@ -141,6 +164,7 @@ def root_of(loss: Tensor, method: str) -> Node:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss must be a torch.Tensor, got {type(loss).__name__}")
+    refuse_distributed_loss(loss)
     root = loss.grad_fn
     if root is None or loss.numel() != 1 or loss.dtype.is_complex:
         raise _unsuitable(loss)

@@ -17,6 +17,7 @@ from hesscale_lightning.optim.hyperparameters import check_options, learning_rat
 from hesscale_lightning.optim.normalized_update import Batch, UpdateRule, mean_curvature, normalized_update
 from hesscale_lightning.optim.parameter_state import new_state, restored
 from hesscale_lightning.optim.radius import CalibratedRadius, Made, Regions, calibration, host_rate
+from hesscale_lightning.optim.sharded import check_placements, is_distributed, layout, local, refuse_radius, total
 from hesscale_lightning.optim.step_record import StepRecord, describe
 from hesscale_lightning.optim.tensor_lists import add_one, beside, multiply, never_compiled, subtract
 from hesscale_lightning.optim.trust_region import flatten_statistics, trust_region_scale
@@ -193,6 +194,8 @@ class AdaHesScale(Optimizer):
         radius = param_group.pop("radius", self._radius)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        if radius is not None:
+            refuse_radius(group["params"])
         group.setdefault(CLIPPING_KEY, NO_CLIPPING)
         self._regions.add_group(group, radius)
         self._rescaling.add_group(group)
@@ -310,6 +313,7 @@ class AdaHesScale(Optimizer):
             if grad.is_sparse:
                 raise RuntimeError("AdaHesScale does not support sparse gradients")
             diagonal = peek_diagonal(param)
+            check_placements(param, "grad", grad)
             if diagonal is None and not self.state.get(param):
                 raise missing_diagonal_error("AdaHesScale", group_index, index, group)
             found.append((param, grad, diagonal))
@@ -325,7 +329,7 @@ class AdaHesScale(Optimizer):
             beta1, beta2, group["eps"], group["denominator"], group["max_update"], delta is not None, weights
         )
         lr = self._rate(index)
-        foreach = use_foreach(group["foreach"], (param for param, _, _ in found))
+        foreach = use_foreach(group["foreach"], (local(param) for param, _, _ in found))
 
         batches = self._average(group, found, clipping * beside(grad_scale.unscaling, clipping), foreach)
         if group["damping"] and batches:
@@ -334,9 +338,10 @@ class AdaHesScale(Optimizer):
         scale: float | Tensor = 1.0
         along: float | Tensor = 0.0
         if delta is not None and updates:
-            along = updates[0].curvature_along
-            for update in updates[1:]:
-                along = along + beside(update.curvature_along, along)
+            parts = [total(u.curvature_along, b.where) for u, b in zip(updates, batches, strict=True)]
+            along = parts[0]
+            for part in parts[1:]:
+                along = along + beside(part, along)
             scale = trust_region_scale(delta, along if measured else along * lr * lr)
         for batch, update in zip(batches, updates, strict=True):
             if group["weight_decay"] != 0 and not measured:
@@ -397,12 +402,19 @@ class AdaHesScale(Optimizer):
         batches: dict[Any, _Averaging] = {}
         for state, (param, grad, diagonal) in zip(states, found, strict=True):
             counts = None if on_device else (state["step"].item(), state["hess_step"].item())
-            key = (param.device, param.dtype, counts)
+            where = layout(param)
+            key = (param.device, param.dtype, counts, where)
             batch = batches.get(key)
             if batch is None:
-                batch = batches[key] = _Averaging(counts=counts)
+                batch = batches[key] = _Averaging(counts=counts, where=where)
             m, v = state["exp_avg"], state["exp_avg_hess"]
-            batch.params.append(param)
+            batch.holders.append(param)
+            if is_distributed(param):
+                m, v, grad = local(m), local(v), local(grad)
+                diagonal = None if diagonal is None else local(diagonal)
+                batch.params.append(local(param))
+            else:
+                batch.params.append(param)
             batch.grad_averages.append(m)
             batch.curvature_averages.append(v)
             if on_device:

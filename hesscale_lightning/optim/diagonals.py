@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from hesscale_lightning.optim.parameter_state import state_dtype
+from hesscale_lightning.optim.sharded import check_placements
 
 
 def peek_diagonal(param: Tensor) -> Tensor | None:
@@ -22,6 +23,7 @@ def peek_diagonal(param: Tensor) -> Tensor | None:
         raise ValueError(
             f"hess_diag has shape {tuple(diagonal.shape)}, but its parameter has shape {tuple(param.shape)}"
         )
+    check_placements(param, "hess_diag", diagonal)
     dtype = state_dtype(param)
     return diagonal if diagonal.dtype == dtype else diagonal.to(dtype)
 

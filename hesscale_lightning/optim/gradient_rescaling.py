@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hesscale_lightning.optim.parameter_state import state_dtype
+from hesscale_lightning.optim.sharded import is_distributed
 from hesscale_lightning.optim.tensor_lists import never_compiled
 
 PROBES_PER_GROUP = 2
@@ -121,7 +122,8 @@ def _norm(grad: Tensor) -> Tensor:
         grad = grad.detach()
     dtype = state_dtype(grad)
     norm: Tensor = torch.linalg.vector_norm(grad, dtype=None if dtype == grad.dtype else dtype)
-    return norm
+    # Of a DTensor it is the norm of this process's part until it is gathered, another number in every process.
+    return norm.full_tensor() if is_distributed(norm) else norm  # type: ignore[attr-defined]
 
 
 def place_probes(params: Sequence[Tensor]) -> list[GradientProbe]:

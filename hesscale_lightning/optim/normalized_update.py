@@ -18,11 +18,12 @@ saves two passes over memory.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hesscale_lightning.optim.sharded import total
 from hesscale_lightning.optim.tensor_lists import as_operand, beside, inner_product, large_on_cpu, sum_of_scalars
 
 
@@ -31,7 +32,9 @@ class Batch:
     """Tensors of one param group that are updated together: same device, dtype and counts.
 
     Attributes:
-        params: the parameters.
+        params: the parameters, or of sharded ones the parts of this process.
+        holders: the parameters themselves, which hold gradients.
+        where: over what they are split between processes, None if they are not.
         grad_averages: exponential averages of the gradient.
         curvature_averages: exponential averages of the curvature.
         steps: number of steps t as scalar tensors, one per parameter.
@@ -45,6 +48,8 @@ class Batch:
     steps: list[Tensor] = field(default_factory=list)
     refreshes: list[Tensor] = field(default_factory=list)
     counts: tuple[float, float] | None = None
+    holders: list[Tensor] = field(default_factory=list)
+    where: Any = None
 
 
 class UpdateRule(NamedTuple):
@@ -117,7 +122,7 @@ def normalized_update(
 
 def mean_curvature(batches: Sequence[Batch], rule: UpdateRule) -> float | Tensor:
     """The mean of the curvature over all entries of a group; the root of the mean square for "rms"."""
-    total: float | Tensor = 0.0
+    whole: float | Tensor = 0.0
     entries = 0
     for batch in batches:
         v = batch.curvature_averages
@@ -126,9 +131,10 @@ def mean_curvature(batches: Sequence[Batch], rule: UpdateRule) -> float | Tensor
             part = sum_of_scalars([x.sum() for x in _corrected(v, rule.beta2, batch.refreshes, clipping)])
         else:
             part = sum_of_scalars([x.sum() for x in v]) / ((1 - rule.beta2 ** batch.counts[1]) * clipping)
-        total = beside(total, part) + beside(part, total)
-        entries += sum(x.numel() for x in v)
-    mean = total / max(entries, 1)
+        part = total(part, batch.where)
+        whole = beside(whole, part) + beside(part, whole)
+        entries += sum(p.numel() for p in batch.holders)
+    mean = whole / max(entries, 1)
     return mean**0.5 if rule.denominator == "rms" else mean
 
 

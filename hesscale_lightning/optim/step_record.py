@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hesscale_lightning.optim.normalized_update import Batch, UpdateRule, normalized_update
+from hesscale_lightning.optim.sharded import local, total
 from hesscale_lightning.optim.tensor_lists import beside
 from hesscale_lightning.optim.trust_region import mean_abs, predicted_decrease
 
@@ -43,16 +44,21 @@ def describe(record: StepRecord) -> dict[str, Any]:
     statistics: dict[str, Any] = {"scale": record.scale, "clipping": record.clipping}
     grads: list[Tensor | None] = []
     steps: list[Tensor] = []
+    places: list[Any] = []
     along: float | Tensor = 0.0
     for batch in record.batches:
         size = beside(record.size, batch.params[0])
         update = normalized_update(batch, record.rule._replace(measure_curvature=True), foreach=record.foreach)
         steps += [direction * (-size * update.gain) for direction in update.directions]
-        grads += [-p.grad if record.maximize and p.grad is not None else p.grad for p in batch.params]
-        along = along + beside(update.curvature_along * size * size, along)
+        for p in batch.holders:
+            grad = None if p.grad is None else local(p.grad)
+            grads.append(-grad if record.maximize and grad is not None else grad)
+            places.append(batch.where)
+        part = total(update.curvature_along, batch.where)
+        along = along + beside(part * size * size, along)
     if steps:
-        statistics["mean_abs_update"] = mean_abs(steps)
-        decrease = predicted_decrease(grads, steps, along, record.clipping)
+        statistics["mean_abs_update"] = mean_abs(steps, places)
+        decrease = predicted_decrease(grads, steps, along, record.clipping, places)
         if decrease is not None:
             statistics["predicted_decrease"] = decrease
     return statistics

@@ -15,6 +15,7 @@ from hesscale_lightning.optim.gradient_rescaling import GradientRescaling, Group
 from hesscale_lightning.optim.hyperparameters import check_denominator, use_foreach
 from hesscale_lightning.optim.parameter_state import state_dtype
 from hesscale_lightning.optim.radius import CalibratedRadius, Made, Regions, calibration
+from hesscale_lightning.optim.sharded import check_placements, layout, local, refuse_radius, total
 from hesscale_lightning.optim.tensor_lists import add_one, beside, inner_product, large_on_cpu, sum_of_scalars
 from hesscale_lightning.optim.trust_region import (
     flatten_statistics,
@@ -182,6 +183,8 @@ class StepSizeScaling(Optimizer):
         for index, group in enumerate(self.param_groups):
             group.setdefault("scaling_delta", self.delta)
             radius = group.pop("scaling_radius", self.radius)  # it holds a function: no part of the state
+            if radius is not None:
+                refuse_radius(group["params"])
             if index >= len(self.radii):
                 self._regions.add_group(group, radius)
 
@@ -291,6 +294,7 @@ class StepSizeScaling(Optimizer):
         for index, param in enumerate(group["params"]):
             if param.grad is None:
                 continue
+            check_placements(param, "grad", param.grad)
             if peek_diagonal(param) is None and param not in self.curvature:
                 raise missing_diagonal_error("StepSizeScaling", group_index, index, group)
             moving.append(param)
@@ -300,9 +304,9 @@ class StepSizeScaling(Optimizer):
         """Copy the parameters as they are before the step."""
         for param in params:
             if param not in self._buffers:
-                self._buffers[param] = torch.empty_like(param, dtype=state_dtype(param))
+                self._buffers[param] = torch.empty_like(local(param), dtype=state_dtype(param))
         if params:
-            torch._foreach_copy_([self._buffers[param] for param in params], params)
+            torch._foreach_copy_([self._buffers[param] for param in params], [local(p) for p in params])
 
     def _scale_group(self, index: int, params: list[Tensor], grad_scale: GroupScale) -> _GroupStep:
         group = self.param_groups[index]
@@ -314,17 +318,18 @@ class StepSizeScaling(Optimizer):
         for batch in batches:
             self._refresh(batch, grad_scale.unscaling)
             steps = [self._buffers[param] for param in batch]
+            where = layout(batch[0])
             if use_foreach(None, batch):
                 torch._foreach_sub_(steps, batch)
             else:
                 for step, param in zip(steps, batch, strict=True):
-                    step.sub_(param)
-            part = self._curvature_along(batch, steps)
+                    step.sub_(local(param))
+            part = total(self._curvature_along(batch, steps), where)
             along = beside(along, part) + beside(part, along)
             if self.damping:
-                square = sum_of_scalars([inner_product(step, step) for step in steps])
+                square = total(sum_of_scalars([inner_product(step, step) for step in steps]), where)
                 squares = beside(squares, square) + beside(square, squares)
-                part = self._sum_of_averages(batch)
+                part = total(self._sum_of_averages(batch), where)
                 curvature = beside(curvature, part) + beside(part, curvature)
         if self.damping and batches:
             mean = curvature / max(sum(param.numel() for param in params), 1)
@@ -351,8 +356,8 @@ class StepSizeScaling(Optimizer):
             param.hess_diag = None  # type: ignore[attr-defined]
         add_one([state["hess_step"] for state in states])
         refresh_averages(
-            [state["exp_avg_hess"] for state in states],
-            diagonals,
+            [local(state["exp_avg_hess"]) for state in states],
+            [local(diagonal) for diagonal in diagonals],
             self.beta,
             self.denominator,
             beside(unscaling, params[0]),
@@ -363,14 +368,14 @@ class StepSizeScaling(Optimizer):
         """The sum of the running averages, with their bias corrected, over parameters of one device and dtype."""
         states = [self.curvature[param] for param in params]
         return sum_of_scalars(
-            [state["exp_avg_hess"].sum() / (1 - self.beta ** state["hess_step"].item()) for state in states]
+            [local(state["exp_avg_hess"]).sum() / (1 - self.beta ** state["hess_step"].item()) for state in states]
         )
 
     def _curvature_along(self, params: list[Tensor], steps: list[Tensor]) -> float | Tensor:
         """``sum D u^2`` over parameters of one device and dtype."""
         states = [self.curvature[param] for param in params]
         units = [1 - self.beta ** state["hess_step"].item() for state in states]
-        averages = [state["exp_avg_hess"] for state in states]
+        averages = [local(state["exp_avg_hess"]) for state in states]
         rooted = self.denominator == "rms"
         if rooted:
             units = [unit**0.5 for unit in units]
@@ -400,13 +405,14 @@ def _pull_back(params: list[Tensor], back: list[Tensor], fraction: float | Tenso
     """Undo a fraction of a step."""
     for param, step in zip(params, back, strict=True):
         rest = beside(fraction, param)
-        param.add_(step * rest) if isinstance(rest, Tensor) else param.add_(step, alpha=rest)
+        part = local(param)
+        part.add_(step * rest) if isinstance(rest, Tensor) else part.add_(step, alpha=rest)
 
 
 def _by_device_and_dtype(params: list[Tensor]) -> list[list[Tensor]]:
-    batches: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    batches: dict[Any, list[Tensor]] = {}
     for param in params:
-        batches.setdefault((param.device, param.dtype), []).append(param)
+        batches.setdefault((param.device, param.dtype, layout(param)), []).append(param)
     return list(batches.values())
 
 
@@ -414,12 +420,13 @@ def _by_device_and_dtype(params: list[Tensor]) -> list[list[Tensor]]:
 def _describe(latest: _GroupStep) -> dict[str, Any]:
     statistics: dict[str, Any] = {"scale": latest.scale, "clipping": latest.grad_scale.clipping}
     if latest.params:
+        places = [layout(param) for param in latest.params]
         steps = [step * -latest.scale for step in latest.back]
-        statistics["mean_abs_update"] = mean_abs(steps)
+        statistics["mean_abs_update"] = mean_abs(steps, places)
         along = latest.curvature_along * latest.scale * latest.scale
         sign = -1 if latest.maximize else 1
-        grads = [None if param.grad is None else param.grad * sign for param in latest.params]
-        decrease = predicted_decrease(grads, steps, along, latest.grad_scale.clipping)
+        grads = [None if param.grad is None else local(param.grad) * sign for param in latest.params]
+        decrease = predicted_decrease(grads, steps, along, latest.grad_scale.clipping, places)
         if decrease is not None:
             statistics["predicted_decrease"] = decrease
     return statistics

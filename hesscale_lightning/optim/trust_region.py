@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hesscale_lightning.optim.sharded import total
+
 
 def trust_region_scale(delta: float, curvature_along: float | Tensor) -> float | Tensor:
     """The factor ``min(1, sqrt(2 delta / sum(D u^2)))`` that keeps ``sum(D u^2) / 2 <= delta``.
@@ -26,7 +28,11 @@ def trust_region_scale(delta: float, curvature_along: float | Tensor) -> float |
 
 
 def predicted_decrease(
-    grads: Sequence[Tensor | None], steps: Sequence[Tensor], curvature_along: Any, clipping: float | Tensor = 1.0
+    grads: Sequence[Tensor | None],
+    steps: Sequence[Tensor],
+    curvature_along: Any,
+    clipping: float | Tensor = 1.0,
+    places: Sequence[Any] | None = None,
 ) -> Tensor | None:
     """How far the quadratic model falls along a step: ``-(sum(g u) + sum(D u^2) / 2)``.
 
@@ -35,21 +41,31 @@ def predicted_decrease(
         steps: what was added to the parameters, u.
         curvature_along: ``sum(D u^2)``.
         clipping: factor by which the gradients were multiplied, to be undone.
+        places: over what each tensor is split between processes; see :func:`.sharded.layout`.
     """
-    total: Tensor | None = None
-    for grad, step in zip(grads, steps, strict=True):
-        if grad is None:
-            return None
-        term = (grad.to(step.dtype) * step).sum()
-        total = term if total is None else total + term.to(total.device)
-    return None if total is None else -(total / clipping + curvature_along / 2)
+    if not steps or any(grad is None for grad in grads):
+        return None
+    terms = [(g.to(step.dtype) * step).sum() for g, step in zip(grads, steps, strict=True) if g is not None]
+    decrease: Tensor = -(_whole(terms, places) / clipping + curvature_along / 2)
+    return decrease
 
 
-def mean_abs(steps: Sequence[Tensor]) -> Tensor:
-    """Mean absolute value over all entries of several tensors."""
-    device = steps[0].device
-    total = torch.stack([step.abs().sum().to(device) for step in steps]).sum()
-    return total / sum(step.numel() for step in steps)
+def _whole(terms: Sequence[Tensor], places: Sequence[Any] | None) -> Tensor:
+    """The sum of scalar tensors, each over all processes, by one reduction for each place."""
+    sums: dict[Any, Tensor] = {}
+    for term, where in zip(terms, places or [None] * len(terms), strict=True):
+        sums[where] = term if where not in sums else sums[where] + term.to(sums[where].device)
+    whole: Any = None
+    for where, part in sums.items():
+        summed: Any = total(part, where)
+        whole = summed if whole is None else whole + summed.to(whole.device)
+    return whole  # type: ignore[no-any-return]
+
+
+def mean_abs(steps: Sequence[Tensor], places: Sequence[Any] | None = None) -> Tensor:
+    """Mean absolute value over all entries of several tensors, which ``places`` says are split between processes."""
+    entries = [torch.tensor(float(step.numel()), device=step.device) for step in steps]
+    return _whole([step.abs().sum() for step in steps], places) / _whole(entries, places)
 
 
 def flatten_statistics(per_group: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

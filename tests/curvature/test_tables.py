@@ -39,6 +39,7 @@ ELSEWHERE = {
     "GivenCurvatureBackward": "tests/curvature/test_sources.py",
     "BackwardHookFunctionBackward": "tests/curvature/test_engine.py, with a module's hook",
     "_DDPSinkBackward": "tests/test_callback.py, with two processes",
+    "RegisterPostBackwardFunctionBackward": "tests/distributed, with two processes",
 }
 
 

@@ -9,7 +9,9 @@ from hesscale_lightning.curvature.registry import register_rule
 from hesscale_lightning.curvature.values import ZERO, Value
 
 
-@register_rule("_DDPSinkBackward", "BackwardHookFunctionBackward", multi_output=True)
+@register_rule(
+    "_DDPSinkBackward", "BackwardHookFunctionBackward", "RegisterPostBackwardFunctionBackward", multi_output=True
+)
 def identity(op: Operation, h: Sequence[Value]) -> Sequence[Value]:
     """The identity around a module's inputs or outputs; what comes before these is the framework's own."""
     return (*[ZERO] * (len(op.needs) - op.outputs()), *h)

@@ -1,0 +1,336 @@
+"""Run by two processes: diagonals and optimizers under fully_shard against one process on the global batch."""
+
+import copy
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from hesscale_lightning import AdaHesScale, attach
+from hesscale_lightning.optim import CalibratedRadius, StepSizeScaling
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the head's, around a block of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.block, self.head = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, i: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.block(self.embed(i))))
+
+
+class Checkpointed(nn.Module):
+    """A checkpoint around the parts inside of a module, or around a module that may be sharded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(checkpoint(lambda z: torch.tanh(self.a(z)), x, use_reentrant=False))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6), nn.GELU(), nn.Linear(6, 3))
+
+
+def frozen() -> nn.Module:
+    net = mlp()
+    net[2].requires_grad_(False)
+    return net
+
+
+def unused() -> nn.Module:
+    net = mlp()
+    net.extra = nn.Linear(2, 2)
+    net.forward = lambda x: net[4](net[3](net[2](net[1](net[0](x)))))  # type: ignore[method-assign]
+    return net
+
+
+def shard(net: nn.Module, children: bool, **options: object) -> None:
+    if children:
+        inner = [net.block] if isinstance(net, Tied) else [m for m in net.children() if isinstance(m, nn.Linear)]
+        for module in inner:
+            fully_shard(module, **options)
+    fully_shard(net, **options)
+
+
+def data(net: nn.Module, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(net, Tied):
+        return tuple(torch.randint(11, (8,), generator=generator) for _ in range(2))
+    x = torch.randn(8, 5, generator=generator, dtype=torch.float64)
+    return x, torch.randint(3, (8,), generator=generator)
+
+
+def difference(net: nn.Module, ref: nn.Module, name: str) -> float:
+    """Largest relative difference of an attribute of the parameters; both lack it or both have it."""
+    worst, mine = 0.0, dict(net.named_parameters())
+    for key, r in ref.named_parameters():
+        there, here = (getattr(p, name, None) for p in (r, mine[key]))
+        assert (there is None) == (here is None), key
+        if there is not None:
+            assert here.placements == mine[key].placements
+            worst = max(worst, ((here.full_tensor() - there).abs().max() / there.abs().max()).item())
+    return worst
+
+
+def diagonals(make, children=True, reshard=True, accumulate="", method="hesscale", mesh=None, named=False):
+    """Several steps, so that rules run, are taken down and run as a program; weights move by plain SGD."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(1)
+    net = make().double()
+    ref = copy.deepcopy(net)
+    if make is unused:
+        ref = unused().double()
+        ref.load_state_dict(net.state_dict())
+    shard(net, children, mesh=mesh, reshard_after_forward=reshard)
+    worst = 0.0
+    for step in range(4):
+        for p in (*net.parameters(), *ref.parameters()):
+            p.grad = None
+        parts = 2 if accumulate else 1
+        for part in range(parts):
+            x, y = data(net, 10 * step + part)
+            loss = cross_entropy(ref(x), y) / parts
+            attach(loss, method=method)
+            loss.backward()
+            if accumulate == "without sync":
+                net.set_requires_gradient_sync(part == parts - 1)
+            loss = cross_entropy(net(x[rank::world]), y[rank::world]) / parts
+            attach(loss, list(net.parameters()) if named else None, method=method)
+            loss.backward()
+        worst = max(worst, difference(net, ref, "hess_diag"), difference(net, ref, "grad"))
+        with torch.no_grad():
+            for p in (*net.parameters(), *ref.parameters()):
+                if p.grad is not None:
+                    p -= 0.05 * p.grad
+    return max(worst, difference(net, ref, "data"))
+
+
+def between(passes):
+    """A forward pass between attach and backward, which frees the parameters, or two losses attached at once."""
+    torch.manual_seed(1)
+    net = mlp().double()
+    ref = copy.deepcopy(net)
+    shard(net, True, reshard_after_forward=True)
+    worst = 0.0
+    for step in range(4):
+        for model, rows in ((ref, slice(None)), (net, slice(dist.get_rank(), None, 2))):
+            model.zero_grad()
+            losses = []
+            for seed in range(passes):
+                x, y = data(net, 10 * step + seed)
+                losses.append(cross_entropy(model(x[rows]), y[rows]))
+                attach(losses[-1])
+            if passes == 1:
+                with torch.no_grad():
+                    model(x[rows])
+            for loss in losses:
+                loss.backward()
+        worst = max(worst, difference(net, ref, "hess_diag"), difference(net, ref, "grad"))
+        with torch.no_grad():
+            for p in (*net.parameters(), *ref.parameters()):
+                p -= 0.05 * p.grad
+    return worst
+
+
+def given_up():
+    """What was attached and dropped or removed leaves shards, so the next forward pass has the new weights."""
+    torch.manual_seed(1)
+    net = mlp().double()
+    ref = copy.deepcopy(net)
+    shard(net, True)
+    x, y = data(net, 0)
+    for remove in (False, True):
+        attachment = attach(loss := cross_entropy(net(x), y))
+        if remove:
+            attachment.remove()
+        del loss, attachment
+        with torch.no_grad():
+            for p in (*net.parameters(), *ref.parameters()):
+                p *= 0.9
+    return (net(x) - ref(x)).abs().max().item()
+
+
+def frozen_critic():
+    """Gradients go through a sharded model of which no parameter is trained, and through one that is not wanted."""
+    worst = 0.0
+    for trained in (False, True):
+        torch.manual_seed(1)
+        net, critic = nn.Linear(5, 5).double(), mlp().double().requires_grad_(trained)
+        pairs = [(copy.deepcopy(net), copy.deepcopy(critic)), (net, critic)]
+        shard(net, False)
+        shard(critic, True)
+        for step in range(3):
+            x, y = data(critic, step)
+            for (a, b), rows in zip(pairs, (slice(None), slice(dist.get_rank(), None, 2)), strict=True):
+                a.zero_grad()
+                loss = cross_entropy(b(torch.tanh(a(x[rows]))), y[rows])
+                attach(loss, list(a.parameters()))
+                loss.backward()
+            worst = max(worst, difference(net, pairs[0][0], "hess_diag"))
+    return worst
+
+
+def half(**_):
+    """A policy of bfloat16 parameters: diagonals are the float32 shards' and close to those of full precision."""
+    torch.manual_seed(1)
+    net = mlp()
+    ref = copy.deepcopy(net)
+    shard(net, True, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    x, y = data(net, 0)
+    for model, rows in ((ref, slice(None)), (net, slice(dist.get_rank(), None, 2))):
+        loss = cross_entropy(model(x.float()[rows]).float(), y[rows])
+        attach(loss)
+        loss.backward()
+    assert all(p.hess_diag.dtype == torch.float32 for p in net.parameters())
+    return difference(net, ref, "hess_diag")
+
+
+def hybrid():
+    """Replicated twice; in four processes shards are halves, in two they are whole."""
+    return init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
+
+
+def training(make_optimizer, clip=None, resume=False):
+    """The weights after five steps."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(1)
+    net = mlp().double()
+    ref = copy.deepcopy(net)
+    shard(net, True)
+    mine, other = make_optimizer(net.parameters()), make_optimizer(ref.parameters())
+    for step in range(5):
+        if resume and step == 3:
+            saved = copy.deepcopy(mine.state_dict())
+            mine = make_optimizer(net.parameters())
+            mine.load_state_dict(saved)
+        x, y = data(net, step)
+        for model, optimizer, rows in ((ref, other, slice(None)), (net, mine, slice(rank, None, world))):
+            optimizer.zero_grad()
+            loss = cross_entropy(model(x[rows]), y[rows])
+            attach(loss)
+            loss.backward()
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+    stats = {k: abs(float(mine.stats[k]) / float(v) - 1) for k, v in other.stats.items()}
+    return max(difference(net, ref, "data"), *stats.values())
+
+
+def refused(error, words, work):
+    with pytest.raises(error, match=words):
+        work()
+    return 0.0
+
+
+def checkpointed_sharded():
+    net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    shard(net, True)
+    x, y = torch.randn(4, 5), torch.randint(3, (4,))
+    loss = cross_entropy(net[2](checkpoint(net[:2], x, use_reentrant=False)), y)
+    attach(loss)
+
+
+def foreign():
+    net = mlp().double()
+    shard(net, True)
+    other = mlp().double()
+    shard(other, True)
+    x, y = data(net, 0)
+    other(x)
+    attach(cross_entropy(net(x), y), other.parameters())
+
+
+def scaled():
+    net = mlp().double()
+    shard(net, True)
+    for module in net.modules():
+        if hasattr(module, "set_gradient_divide_factor"):
+            module.set_gradient_divide_factor(3.0)
+    x, y = data(net, 0)
+    attach(cross_entropy(net(x), y))
+
+
+def tensor_parallel():
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    parallelize_module(net, init_device_mesh("cpu", (2,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    x, y = data(net, 0)
+    attach(cross_entropy(net(x), y))
+
+
+def adahesscale(**options):
+    return lambda params: AdaHesScale(params, **options)
+
+
+def scaling(**options):
+    return lambda params: StepSizeScaling(torch.optim.SGD(params, lr=1.0), **options)
+
+
+def calibrated():
+    net = mlp().double()
+    shard(net, True)
+    AdaHesScale(net.parameters(), delta=0.1, radius=CalibratedRadius(lambda: 0.0))
+
+
+CASES = {
+    "reshard": lambda: diagonals(mlp),
+    "no reshard": lambda: diagonals(mlp, reshard=False),
+    "root only": lambda: diagonals(mlp, children=False),
+    "named parameters": lambda: diagonals(mlp, named=True),
+    "gauss-newton": lambda: diagonals(mlp, method="hesscale_gn"),
+    "accumulation with sync": lambda: diagonals(mlp, accumulate="with sync"),
+    "accumulation without sync": lambda: diagonals(mlp, accumulate="without sync"),
+    "hybrid": lambda: diagonals(mlp, mesh=hybrid()),
+    "tied": lambda: diagonals(Tied),
+    "frozen": lambda: diagonals(frozen),
+    "unused": lambda: diagonals(unused),
+    "checkpoint inside": lambda: diagonals(Checkpointed, children=False),
+    "forward between": lambda: between(1),
+    "two losses": lambda: between(2),
+    "given up": given_up,
+    "frozen critic": frozen_critic,
+    "mixed precision": half,
+    "AdaHesScale": lambda: training(adahesscale(lr=0.5)),
+    "AdaHesScale foreach": lambda: training(adahesscale(lr=0.5, foreach=True)),
+    "AdaHesScale free": lambda: training(adahesscale(lr=0.5, delta=None)),
+    "AdaHesScale damped": lambda: training(adahesscale(lr=0.5, damping=0.1)),
+    "AdaHesScale clipped": lambda: training(adahesscale(lr=0.5, denominator="abs"), clip=0.1),
+    "StepSizeScaling": lambda: training(scaling(delta=1e-3)),
+    "AdaHesScale resumed": lambda: training(adahesscale(lr=0.5), resume=True),
+    "StepSizeScaling resumed": lambda: training(scaling(delta=1e-3), resume=True),
+    "StepSizeScaling damped": lambda: training(scaling(delta=1e-3, damping=0.1), clip=0.1),
+    "rank one": lambda: refused(ValueError, "hesscale_rank1", lambda: diagonals(mlp, method="hesscale_rank1")),
+    "checkpointed sharded": lambda: refused(RuntimeError, "is checkpointed", checkpointed_sharded),
+    "found nothing": lambda: refused(RuntimeError, "none of the", foreign),
+    "divide factor": lambda: refused(RuntimeError, "set_gradient_divide_factor", scaled),
+    "tensor parallel": lambda: refused(RuntimeError, "_ToTorchTensorBackward", tensor_parallel),
+    "calibrated radius": lambda: refused(ValueError, "CalibratedRadius", calibrated),
+}
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    for name, case in CASES.items():
+        if len(sys.argv) > 1 and sys.argv[1] not in name:
+            continue
+        try:
+            outcome = f"{case():.1e}"
+        except Exception as error:
+            if len(sys.argv) > 1:
+                raise
+            outcome = f"{type(error).__name__}: {error}".replace("\n", " ")
+        if dist.get_rank() == 0:
+            sys.stdout.write(f"{name}\t{outcome}\n")
+    dist.destroy_process_group()
