@@ -1,67 +1,63 @@
 """The demonstration prints the comparison, draws the picture, and fails where the accuracy is too low."""
 
 import importlib.util
+import math
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 PATH = Path(__file__).parent.parent / "examples" / "lightning" / "demo.py"
 
 
 @pytest.fixture
 def demo(monkeypatch, tmp_path):
-    """The script as a module, with runs that have already happened."""
+    """The script as a module, with a command line that has already run."""
     spec = importlib.util.spec_from_file_location("demo", PATH)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "demo", module)
     spec.loader.exec_module(module)
-
-    def train(name: str, color: str, folder: str, options: list[str]) -> Any:
-        run = module.Run(name, color, tmp_path / folder, options)
-        (run.folder / "checkpoints").mkdir(parents=True)
-        torch.save({"global_step": 40}, run.folder / "checkpoints" / "last.ckpt")
-        keys = ["step", "train/loss", "val/loss", *(f"curvature/{key}" for key in module_keys)]
-        rows = [
-            [10, 1.0, "", -5.0, 0.5, 0.1, 0.2],
-            [20, 0.5, 0.6, 5.0, 0.4, 0.1, 0.2],
-            [30, 0.25, 0.5, 4.0, 0.3, 0.1, 0],
-        ]
-        lines = [",".join(map(str, row)) for row in [keys, *rows]]
-        (run.folder / "metrics.csv").write_text("\n".join(lines))
-        return run
-
-    def time_steps(runs: Any) -> None:
-        for run in runs:
-            run.milliseconds = 2.5
-
-    module_keys = ("trace", "max_abs", "mean_abs", "negative_fraction")
-    monkeypatch.setattr(module, "train", train)
-    monkeypatch.setattr(module, "time_steps", time_steps)
+    log = {"curvature/audit/relative_l1": [(100, 0.5), (200, 0.25)]}
+    log |= {f"curvature/share/net.{k}": [(10, share), (20, share)] for k, share in ((0, 0.5), (2, 0.25), (4, 0.25))}
+    monkeypatch.setattr(module, "command_line", lambda short: log)
     monkeypatch.setattr(module, "PICTURE", tmp_path / "outputs" / "demo.png")
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--short"])
-    monkeypatch.chdir(PATH.parents[2])
     return module
 
 
-@pytest.mark.parametrize(("accuracy", "status"), [(0.951, 0), (0.949, 1)])
+@pytest.mark.parametrize(("accuracy", "status"), [(0.931, 0), (0.929, 1)])
 def test_it_shows_the_comparison_and_fails_below_the_required_accuracy(accuracy, status, demo, monkeypatch, capsys):
-    results = {"test/accuracy": torch.tensor(accuracy), "test/loss": torch.tensor(0.125)}
-    monkeypatch.setattr(demo, "test", lambda run: results)
-    assert demo.main() == status
+    monkeypatch.setattr(demo, "train", lambda contender, factor, epochs: demo.Outcome(0.125, accuracy, [0.002]))
+    assert demo.main([]) == status
     printed = capsys.readouterr().out
-    rows = [line.split() for line in printed.splitlines() if line.startswith(("AdaHesScale", "Adam"))]
-    assert rows == [[name, f"{accuracy:.4f}", "0.1250", "40", "2.50"] for name in ("AdaHesScale", "Adam")]
+    rows = {
+        contender.name: line
+        for contender in demo.CONTENDERS
+        for line in printed.splitlines()
+        if line.startswith(contender.name + "  ")
+    }
+    assert len(rows) == 3
+    for row in rows.values():
+        assert row.count(f"1.2e-01  {100 * accuracy:.1f}%") == len(demo.FACTORS)
+        assert row.split()[-1] == "2.00"
     assert ("FAILED" in printed) == bool(status)
-    assert str(demo.PICTURE) in printed
+    assert "25.0% relative L1 error" in printed
     assert demo.PICTURE.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_running_mean_is_geometric_on_a_logarithmic_axis(demo):
-    assert demo.smooth([1.0, 100.0]) == pytest.approx([1.0, 10.0])
-    assert demo.smooth([1.0, 3.0], log=False) == pytest.approx([1.0, 2.0])
+@pytest.mark.parametrize(
+    ("loss", "lost"), [(0.1, False), (2.2, False), (2.4, True), (math.inf, True), (math.nan, True)]
+)
+def test_what_ends_worse_than_a_guess_has_diverged(loss, lost, demo):
+    assert demo.Outcome(loss, 0.1).diverged is lost
+    assert ("!" in demo.table({"Adam": [demo.Outcome(loss, 0.1, [1.0])]})) is lost
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_contender_trains(demo):
+    for contender in demo.CONTENDERS:
+        outcome = demo.train(contender, 1.0, 1)
+        assert not outcome.diverged
+        assert len(outcome.durations) > 10
 
 
 def test_the_log_is_read_with_its_gaps(demo, tmp_path):
