@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from hesscale_lightning.cli import main
+from hesscale_lightning.command_line.cli import main
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "examples" / "lightning").glob("*.yaml"))

@@ -34,7 +34,7 @@ from lightning.pytorch.callbacks import Callback
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from hesscale_lightning.cli import HesScaleCLI
+from hesscale_lightning.command_line.cli import HesScaleCLI
 
 CONFIG = Path("examples/lightning/digits_mlp.yaml")
 PICTURE = Path("outputs/demo.png")

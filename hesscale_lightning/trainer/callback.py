@@ -18,14 +18,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hesscale_lightning.audit import Audit, Reference
 from hesscale_lightning.curvature import UnsupportedOperationError, attach, supported_params
 from hesscale_lightning.curvature.engine import METHODS, Method
-from hesscale_lightning.eager import EagerSteps, has_compiled_code
 from hesscale_lightning.optim import StepSizeScaling
-from hesscale_lightning.parameters import clear_diagonals, diagonals_of, parameters_of, reduce_diagonals
-from hesscale_lightning.reevaluation import Reevaluation
-from hesscale_lightning.step_log import StepLog, can_log_histograms, layer_names, note_step, write_histogram
+from hesscale_lightning.trainer.audit import Audit, Reference
+from hesscale_lightning.trainer.eager import EagerSteps, has_compiled_code
+from hesscale_lightning.trainer.parameters import clear_diagonals, diagonals_of, parameters_of, reduce_diagonals
+from hesscale_lightning.trainer.reevaluation import Reevaluation
+from hesscale_lightning.trainer.step_log import StepLog, can_log_histograms, layer_names, note_step, write_histogram
 
 # By name: importing the strategies is slow, and a trainer of another namespace has classes of its own.
 _SHARDING_STRATEGIES = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")

@@ -20,8 +20,8 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from hesscale_lightning.command_line.report import report
 from hesscale_lightning.curvature.engine import Method
-from hesscale_lightning.report import report
 
 
 class SaveConfigBesideLog(SaveConfigCallback):
