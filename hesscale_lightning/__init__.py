@@ -7,6 +7,7 @@ asked for, so a plain PyTorch program does not pay for them.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hesscale_lightning import _earlier_paths
 from hesscale_lightning._version import __version__
 from hesscale_lightning.compiled_step import CaptureError, compile_step
 from hesscale_lightning.curvature import (
@@ -21,9 +22,8 @@ from hesscale_lightning.curvature import (
 from hesscale_lightning.optim import AdaHesScale, CalibratedRadius, StepSizeScaling
 
 if TYPE_CHECKING:
-    from hesscale_lightning.callback import HesScaleCallback
-    from hesscale_lightning.compiled_training import CompiledStepMixin
-    from hesscale_lightning.data import DiabetesDataModule, DigitsDataModule, MNIST1DDataModule
+    from hesscale_lightning.command_line.data import DiabetesDataModule, DigitsDataModule, MNIST1DDataModule
+    from hesscale_lightning.command_line.module import HesScaleModule
     from hesscale_lightning.metrics import (
         CurvatureAuditError,
         CurvatureHistogram,
@@ -36,16 +36,17 @@ if TYPE_CHECKING:
         LossDecrease,
         StepSizeScale,
     )
-    from hesscale_lightning.module import HesScaleModule
+    from hesscale_lightning.trainer.callback import HesScaleCallback
+    from hesscale_lightning.trainer.compiled_training import CompiledStepMixin
 
 # name -> module that defines it; imported on first access, because these modules import lightning or torchmetrics
 _LAZY = {
-    "CompiledStepMixin": "hesscale_lightning.compiled_training",
-    "HesScaleCallback": "hesscale_lightning.callback",
-    "HesScaleModule": "hesscale_lightning.module",
-    "DiabetesDataModule": "hesscale_lightning.data",
-    "DigitsDataModule": "hesscale_lightning.data",
-    "MNIST1DDataModule": "hesscale_lightning.data",
+    "CompiledStepMixin": "hesscale_lightning.trainer.compiled_training",
+    "HesScaleCallback": "hesscale_lightning.trainer.callback",
+    "HesScaleModule": "hesscale_lightning.command_line.module",
+    "DiabetesDataModule": "hesscale_lightning.command_line.data",
+    "DigitsDataModule": "hesscale_lightning.command_line.data",
+    "MNIST1DDataModule": "hesscale_lightning.command_line.data",
     "CurvatureAuditError": "hesscale_lightning.metrics",
     "CurvatureHistogram": "hesscale_lightning.metrics",
     "CurvatureLayerShares": "hesscale_lightning.metrics",
@@ -89,6 +90,8 @@ __all__ = [
     "register_rule",
     "with_curvature",
 ]
+
+_earlier_paths.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -227,6 +227,9 @@ class HesScaleMixin(BasePolicy):
     def load(cls, path: Any, device: torch.device | str = "auto") -> Self:
         """Loads a policy that :meth:`save` wrote, or one without optimizers' state.
 
+        The file holds spaces and classes beside the weights, as Stable-Baselines3's own does, and is unpickled: a file
+        made for the purpose runs any code. Load only files from people you trust.
+
         Args:
             path: A file's path, or a file open for reading.
             device: Where to put the policy.

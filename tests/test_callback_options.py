@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from hesscale_lightning import AdaHesScale, HesScaleCallback, StepSizeScaling, attach, exact_hess_diag
 from hesscale_lightning import metrics as m
-from hesscale_lightning.audit import Audit
+from hesscale_lightning.trainer.audit import Audit
 from tests.lightning_models import Classifier, ListLogger, fit, make_batches, make_loader, make_net, make_trainer
 
 
@@ -166,7 +166,7 @@ def test_an_exact_audit_is_the_distance_to_the_exact_diagonal(method, accumulate
 def test_the_overhead_is_the_time_with_curvature_over_the_time_without(monkeypatch):
     # Forward takes 1, the backward pass without curvature 2, attaching and the backward pass with it 4.
     clock = iter([0.0, 1.0, 10.0, 12.0, 20.0, 24.0])
-    monkeypatch.setattr("hesscale_lightning.audit._now", lambda device: next(clock))
+    monkeypatch.setattr("hesscale_lightning.trainer.audit._now", lambda device: next(clock))
     net, (x, y) = make_net(), make_batches(1)[0]
     audit = Audit("exact", 10, 1)
     audit.before_forward(torch.device("cpu"))

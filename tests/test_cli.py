@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from hesscale_lightning.cli import main
+from hesscale_lightning.command_line.cli import main
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "examples" / "lightning").glob("*.yaml"))
@@ -126,6 +126,52 @@ def test_a_report_prints_coverage_and_layers_and_draws_a_picture(hesscale, capsy
 def test_a_report_on_a_checkpoint_that_is_not_there_says_so(hesscale):
     with pytest.raises(FileNotFoundError, match="no checkpoint at nowhere"):
         hesscale("report", MLP, "--ckpt", "nowhere.ckpt")
+
+
+SHAPES = {
+    "net.0.weight": (64, 64),
+    "net.2.weight": (64, 64),
+    "net.2.bias": 64,
+    "net.4.weight": (10, 64),
+    "net.4.bias": 10,
+}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "of 0 bytes, which torch.load cannot read"),
+        (b"no checkpoint", "of 13 bytes, which torch.load cannot read"),
+        ({"model": {}}, "with a dict without a state_dict"),
+        ({"state_dict": {"body.weight": torch.ones(1)}}, r"without net.0.bias, .* and with body.weight"),
+        ({"state_dict": "widths"}, r"with net.0.bias of shape \(1,\), and the model needs \(64,\)"),
+    ],
+    ids=["empty", "no file of torch's", "foreign", "of another model", "other shapes"],
+)
+def test_a_report_on_a_checkpoint_that_does_not_fit_is_one_clear_line(hesscale, content, message):
+    if isinstance(content, bytes):
+        Path("bad.ckpt").write_bytes(content)
+    else:
+        if content.get("state_dict") == "widths":
+            names = [f"net.{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")]
+            content = {"state_dict": {name: torch.ones(1 if name == "net.0.bias" else SHAPES[name]) for name in names}}
+        torch.save(content, "bad.ckpt")
+    with pytest.raises(ValueError, match=f"Found bad.ckpt .*{message}.*expected a checkpoint") as raised:
+        hesscale("report", MLP, "--ckpt", "bad.ckpt", "--picture", "null")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (("--optimizer.lr", "0.1"), "model.init_args.optimizer"),
+        (("--model", "no_such_package.Module"), "Python finds no module no_such_package"),
+    ],
+)
+def test_an_optimizer_beside_the_model_and_a_class_that_does_not_exist_get_advice(hesscale, capsys, arguments, advice):
+    with pytest.raises(SystemExit):
+        hesscale("fit", MLP, *arguments)
+    assert advice in capsys.readouterr().err
 
 
 def test_the_picture_of_a_run_is_drawn_from_its_csv_log(hesscale, monkeypatch):

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, DistributedSampler
 
 from hesscale_lightning import DigitsDataModule, MNIST1DDataModule
-from hesscale_lightning.data import BatchedTensorDataset, InMemoryDataModule, already_a_batch
+from hesscale_lightning.command_line.data import BatchedTensorDataset, InMemoryDataModule, already_a_batch
 
 
 def ready(module: InMemoryDataModule) -> InMemoryDataModule:

@@ -129,3 +129,17 @@ def test_a_metric_draws_itself(name):
     figure, axis = metric.plot(values)
     assert len(axis.lines[0].get_ydata()) == 3
     pyplot.close(figure)
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize(
+    ("given", "found"), [(torch.nn.Parameter(torch.ones(2, 3)), r"parameter of shape \(2, 3\)"), (None, "None")]
+)
+def test_weights_and_diagonals_that_were_taken_are_refused_and_count_nothing(name, given, found):
+    metric = METRICS[name]()
+    metric.update([torch.ones(2)])
+    before = metric.compute()
+    with pytest.raises(TypeError, match=rf"Found a? ?{found} at position 1, expected a diagonal"):
+        metric.update([torch.full((2,), 3.0), given])
+    metric._computed = None
+    assert torch.equal(metric.compute(), before)

@@ -7,7 +7,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.regression import MeanAbsoluteError
 
 from hesscale_lightning import AdaHesScale, DigitsDataModule, HesScaleCallback, HesScaleModule
-from hesscale_lightning.networks import MLP, ConvNet
+from hesscale_lightning.command_line.networks import MLP, ConvNet
 from tests.lightning_models import ListLogger, make_batches, make_loader, make_net, make_trainer
 
 

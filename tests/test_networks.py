@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributions import Normal
 
 from hesscale_lightning import DiabetesDataModule, attach, exact_hess_diag
-from hesscale_lightning.networks import GaussianNLL, GRUClassifier, VisionTransformer
+from hesscale_lightning.command_line.networks import GaussianNLL, GRUClassifier, VisionTransformer
 
 
 def test_the_recurrent_network_reads_the_sequence_in_order():

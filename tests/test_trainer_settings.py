@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torchmetrics.classification import MulticlassAccuracy
 
 from hesscale_lightning import AdaHesScale, HesScaleCallback, UnsupportedOperationError, attach
-from hesscale_lightning.eager import has_compiled_code
+from hesscale_lightning.trainer.eager import has_compiled_code
 from tests.lightning_models import (
     Classifier,
     ListLogger,

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from hesscale_lightning.data import DigitsDataModule
+from hesscale_lightning.command_line.data import DigitsDataModule
+from hesscale_lightning.command_line.networks import MLP
 from hesscale_lightning.metrics.comparison import compared, comparison_sums
-from hesscale_lightning.networks import MLP
 
 RESULTS = "examples/paper/results/approximation_quality.json"
 PICTURE = "docs/approximation.png"

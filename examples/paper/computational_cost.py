@@ -31,7 +31,7 @@ from steps import Step, Steps, interleaved
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hesscale_lightning.networks import MLP
+from hesscale_lightning.command_line.networks import MLP
 from hesscale_lightning.optim import AdaHesScale
 
 sys.path.append(str(Path(__file__).parents[2]))

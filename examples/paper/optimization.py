@@ -35,8 +35,8 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from hesscale_lightning import attach
-from hesscale_lightning.data import DigitsDataModule, MNIST1DDataModule
-from hesscale_lightning.networks import MLP
+from hesscale_lightning.command_line.data import DigitsDataModule, MNIST1DDataModule
+from hesscale_lightning.command_line.networks import MLP
 from hesscale_lightning.optim import AdaHesScale, StepSizeScaling
 
 REFERENCE = "Adam"

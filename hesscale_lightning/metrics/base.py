@@ -30,6 +30,14 @@ class CurvatureMetric(Metric):
 
 def wide(diagonals: Iterable[Tensor]) -> list[Tensor]:
     """The diagonals with entries, in at least float32: a sum of half-precision squares overflows."""
+    diagonals = list(diagonals)
+    for position, h in enumerate(diagonals):
+        if h is None or isinstance(h, torch.nn.Parameter):
+            found = "None" if h is None else f"a parameter of shape {tuple(h.shape)}"
+            raise TypeError(
+                f"Found {found} at position {position}, expected a diagonal. Give [p.hess_diag for p in parameters], "
+                "after backward() and before optimizer.step(), which takes the diagonals and leaves None."
+            )
     hs = [h.detach() if h.dtype in (torch.float32, torch.float64) else h.detach().float() for h in diagonals]
     hs = [h for h in hs if h.numel()]
     if not hs:

@@ -131,8 +131,9 @@ class CurvatureMeanAbs(CurvatureMetric):
     def update(self, diagonals: Iterable[Tensor]) -> None:
         """Add one set of diagonals."""
         diagonals = list(diagonals)
+        value = mean_abs(diagonals)
         entries = count(diagonals)
-        self.total += mean_abs(diagonals) * entries
+        self.total += value * entries
         self.entries += entries
 
     def compute(self) -> Tensor:
@@ -187,8 +188,9 @@ class CurvatureNegativeFraction(CurvatureMetric):
     def update(self, diagonals: Iterable[Tensor]) -> None:
         """Add one set of diagonals."""
         diagonals = list(diagonals)
+        value = negative_fraction(diagonals)
         entries = count(diagonals)
-        self.negative += negative_fraction(diagonals) * entries
+        self.negative += value * entries
         self.entries += entries
 
     def compute(self) -> Tensor:

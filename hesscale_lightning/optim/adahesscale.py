@@ -32,6 +32,15 @@ def _own_state(state_dict: StateDict) -> StateDict:
                 f"{', '.join(sorted(map(str, state)))}. Load the network's parameters alone, and let the averages "
                 "start anew"
             )
+    for index, group in enumerate(state_dict["param_groups"]):
+        # Another optimizer that has not stepped yet has no state to be known by, only its options.
+        if not {"max_update", "delta"} & set(group):
+            options = ", ".join(sorted(str(key) for key in group if key != "params"))
+            raise ValueError(
+                f"AdaHesScale cannot go on from the state of another optimizer: param group {index} has the options "
+                f"{options}, expected max_update and delta among them. Load the network's parameters alone, and let "
+                "the averages start anew"
+            )
     return state_dict
 
 

@@ -426,3 +426,18 @@ def test_training_a_small_network_reaches_a_low_loss_at_any_learning_rate() -> N
             worst = max(worst, loss.item())
         assert worst < 1.0
         assert loss.item() < 0.4
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+def test_the_state_of_another_optimizer_is_refused_before_anything_is_written(stepped: bool) -> None:
+    params = make_params()
+    other = torch.optim.Adam(params, lr=0.5)
+    if stepped:
+        for p in params:
+            p.grad = torch.ones_like(p)
+        other.step()
+    optimizer = AdaHesScale(params)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="state of another optimizer"):
+        optimizer.load_state_dict(other.state_dict())
+    assert optimizer.state_dict() == before

@@ -10,12 +10,12 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from hesscale_lightning.audit import unchanged_buffers
 from hesscale_lightning.curvature import CoverageReport, backward, coverage
 from hesscale_lightning.curvature.engine import Method
 from hesscale_lightning.metrics import layer_shares, max_abs, mean_abs, negative_fraction, trace
-from hesscale_lightning.reevaluation import muted
-from hesscale_lightning.step_log import layer_names
+from hesscale_lightning.trainer.audit import unchanged_buffers
+from hesscale_lightning.trainer.reevaluation import muted
+from hesscale_lightning.trainer.step_log import layer_names
 
 
 @dataclass(frozen=True)

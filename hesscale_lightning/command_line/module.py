@@ -8,8 +8,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from hesscale_lightning.compiled_training import CompiledStepMixin
 from hesscale_lightning.optim import AdaHesScale
+from hesscale_lightning.trainer.compiled_training import CompiledStepMixin
 
 
 class HesScaleModule(CompiledStepMixin):

@@ -7,28 +7,25 @@ before the optimizer steps, and logs in the last. It touches neither gradients n
 does not read the diagonals takes bit-identical steps with and without it.
 """
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hesscale_lightning.audit import Audit, Reference
-from hesscale_lightning.curvature import UnsupportedOperationError, attach, supported_params
-from hesscale_lightning.curvature.engine import METHODS, Method
-from hesscale_lightning.eager import EagerSteps, has_compiled_code
-from hesscale_lightning.optim import StepSizeScaling
-from hesscale_lightning.parameters import clear_diagonals, diagonals_of, parameters_of, reduce_diagonals
-from hesscale_lightning.reevaluation import Reevaluation
-from hesscale_lightning.step_log import StepLog, can_log_histograms, layer_names, note_step, write_histogram
-
-# By name: importing the strategies is slow, and a trainer of another namespace has classes of its own.
-_SHARDING_STRATEGIES = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+from hesscale_lightning.curvature.engine import Method
+from hesscale_lightning.trainer.audit import Audit, Reference
+from hesscale_lightning.trainer.backward_pass import BackwardPass
+from hesscale_lightning.trainer.eager import EagerSteps, has_compiled_code
+from hesscale_lightning.trainer.optimizer_step import add_trust_regions, complete_diagonals
+from hesscale_lightning.trainer.parameters import clear_diagonals, parameters_of
+from hesscale_lightning.trainer.reevaluation import Reevaluation
+from hesscale_lightning.trainer.schedule import Schedule
+from hesscale_lightning.trainer.settings import check_arguments, check_trainer
+from hesscale_lightning.trainer.step_log import can_log_histograms
+from hesscale_lightning.trainer.step_logger import StepLogger, add_decrease
 
 
 class HesScaleCallback(Callback):
@@ -122,24 +119,13 @@ class HesScaleCallback(Callback):
         audit_probes: int = 32,
         measure_decrease: bool = False,
     ) -> None:
-        if method not in METHODS:
-            raise ValueError(f"Found method={method!r}, expected one of {', '.join(METHODS)}.")
-        if log_every_n_steps is not None and log_every_n_steps < 0:
-            raise ValueError(f"Found log_every_n_steps={log_every_n_steps}, expected at least 0 (0: never log).")
-        if delta is not None and not delta > 0:
-            raise ValueError(f"Found delta={delta}, expected more than 0 (None: leave the optimizers alone).")
-        if on_unsupported not in ("error", "skip"):
-            raise ValueError(f"Found on_unsupported={on_unsupported!r}, expected 'error' or 'skip'.")
-        if audit not in (None, "exact", "hutchinson"):
-            raise ValueError(f"Found audit={audit!r}, expected 'exact', 'hutchinson' or None.")
-        for name, value in (
-            ("every_n_steps", every_n_steps),
-            ("audit_every_n_steps", audit_every_n_steps),
-            ("audit_entries", audit_entries),
-            ("audit_probes", audit_probes),
-        ):
-            if value < 1:
-                raise ValueError(f"Found {name}={value}, expected at least 1.")
+        counts = {
+            "every_n_steps": every_n_steps,
+            "audit_every_n_steps": audit_every_n_steps,
+            "audit_entries": audit_entries,
+            "audit_probes": audit_probes,
+        }
+        check_arguments(method, log_every_n_steps, delta, on_unsupported, audit, counts)
         self.method = method
         self.every_n_steps = every_n_steps
         self.log_every_n_steps = log_every_n_steps
@@ -152,15 +138,9 @@ class HesScaleCallback(Callback):
         self._reevaluation = Reevaluation() if measure_decrease else None
         self._eager = EagerSteps()
         self._compiled = False
-        self._attachment: Any = None
-        self._skipped: dict[int, Tensor] = {}  # parameters behind an operation without a rule, by id
-        self._logs: dict[int, StepLog] = {}  # what this batch's end will log, by the optimizer's index
-        self._step = -1  # the step that the decisions below are about
-        self._refreshing = self._auditing = False
-        self._last_refresh = -1
-        self._refresh_before = -1
-        self._last_audit = -1
-        self._first_backward = True
+        self._schedule = Schedule()
+        self._backward = BackwardPass()
+        self._logger = StepLogger()
 
     def should_refresh(self, step: int) -> bool:
         """Decides whether the diagonal is computed on a step; override it for another schedule.
@@ -175,12 +155,12 @@ class HesScaleCallback(Callback):
     @property
     def refreshing(self) -> bool:
         """Whether the step that is going on is to have a diagonal."""
-        return self._refreshing
+        return self._schedule.refreshing
 
     @property
     def needs_graph(self) -> bool:
         """Whether the step that is going on needs the graph of its loss, which a compiled step does not have."""
-        return self._auditing or bool(self._skipped)
+        return self._schedule.auditing or bool(self._backward.skipped)
 
     # -- the trainer's hooks
 
@@ -188,34 +168,15 @@ class HesScaleCallback(Callback):
         """Refuses what cannot work, before any data is loaded."""
         if stage != "fit":
             return
-        found = {cls.__name__ for cls in type(trainer.strategy).__mro__}.intersection(_SHARDING_STRATEGIES)
-        if found:
-            raise MisconfigurationException(
-                f"HesScaleCallback found the strategy {type(trainer.strategy).__name__}, which splits parameters "
-                "between processes; curvature needs whole parameters. Use strategy='ddp' or a single device."
-            )
-        others = [callback for callback in trainer.callbacks if isinstance(callback, HesScaleCallback)]  # type: ignore[attr-defined]
-        if len(others) > 1:
-            raise MisconfigurationException(
-                f"Found {len(others)} HesScaleCallbacks, expected one: each would add its diagonal to p.hess_diag. "
-                "To compare methods, train once with each."
-            )
-        if self._reevaluation and not (pl_module.automatic_optimization and trainer.accumulate_grad_batches == 1):
-            raise MisconfigurationException(
-                "HesScaleCallback found measure_decrease=True with manual optimization or accumulate_grad_batches "
-                "above 1, where no single batch has the loss that a step decreases. Set measure_decrease to False."
-            )
-        self._step = -1
-        self._last_refresh = self._refresh_before = self._count_steps(trainer, pl_module) - 1
-        self._last_audit = self._last_refresh
-        self._skipped = {}
-        self._first_backward = True
+        check_trainer(trainer, pl_module, HesScaleCallback, self._reevaluation is not None)
+        self._schedule.start(trainer, pl_module)
+        self._backward.skipped = {}
         self._compiled = has_compiled_code(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Puts the trust region around the optimizers, before their state is restored from a checkpoint."""
         if self.delta is not None:
-            trainer.optimizers = [StepSizeScaling(optimizer, self.delta) for optimizer in trainer.optimizers]
+            add_trust_regions(trainer, self.delta)
         if self.histogram and trainer.is_global_zero and not can_log_histograms(trainer.loggers):
             rank_zero_warn(
                 "HesScaleCallback found histogram=True and no logger that has histograms. Add a TensorBoardLogger."
@@ -226,13 +187,13 @@ class HesScaleCallback(Callback):
     ) -> None:
         """Decides about the step to come, and has compiled code run eagerly if it is to have curvature."""
         self._decide(trainer, pl_module)
-        if not self._refreshing:
+        if not self._schedule.refreshing:
             return
         if self._compiled:
             self._eager.begin()
         if self._reevaluation is not None and self._log_is_due(trainer):
             self._reevaluation.before_forward(pl_module.device)
-        if self._audit is not None and self._auditing:
+        if self._audit is not None and self._schedule.auditing:
             self._audit.before_forward(pl_module.device)
 
     def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
@@ -246,53 +207,50 @@ class HesScaleCallback(Callback):
         # A diagonal lives as long as its gradient. This is what clears it in manual optimization, where no hook tells
         # of zero_grad and only our own optimizers clear it themselves.
         clear_diagonals(p for p in parameters if p.grad is None)
-        self._detach()
-        if not self._refreshing or getattr(pl_module, "curvature_is_compiled", False):
+        self._backward.detach()
+        if not self._schedule.refreshing or getattr(pl_module, "curvature_is_compiled", False):
             return  # a compiled step brings its curvature with it
-        if self._audit is not None and self._auditing:
+        if self._audit is not None and self._schedule.auditing:
             if self.on_unsupported == "skip":  # find out for which parameters there will be no diagonal
-                self._attach(loss, parameters, pl_module)
-                self._detach()
-            self._audit.before_backward(loss, self._wanted(parameters), pl_module, seed=self._step)
-        self._attach(loss, parameters, pl_module)
+                self._backward.attach(loss, parameters, pl_module, self.method, self.on_unsupported)
+                self._backward.detach()
+            wanted = self._backward.wanted(parameters)
+            self._audit.before_backward(loss, wanted, pl_module, seed=self._schedule.step)
+        self._backward.attach(loss, parameters, pl_module, self.method, self.on_unsupported)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lets go of the backward pass that is over."""
-        self._detach()
-        self._first_backward = False
-        if self._audit is not None and self._auditing:
+        self._backward.detach()
+        self._schedule.after_backward()
+        if self._audit is not None and self._schedule.auditing:
             self._audit.after_backward()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Turns what this process computed into the diagonal of the whole batch's loss, and notes what is logged."""
-        parameters = parameters_of([optimizer])
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if self._refreshing and scaler is not None:
-            torch._foreach_mul_(diagonals_of(parameters), 1.0 / scaler.get_scale())
-        if self._refreshing and trainer.world_size > 1:
-            reduce_diagonals(trainer, parameters, self._skipped)
-        if (scaler is not None or trainer.world_size > 1) and hasattr(optimizer, "record_gradients"):
-            # Our optimizers compare each gradient with what backward left; up to here its changes are accounted for.
-            optimizer.record_gradients()
-        logging = self._refreshing and (self._auditing or self._log_is_due(trainer))
-        if logging and any(getattr(p, "hess_diag", None) is not None and p.grad is not None for p in parameters):
-            self._note(trainer, pl_module, optimizer)
+        complete_diagonals(trainer, optimizer, self._schedule.refreshing, self._backward.skipped)
+        if not self._schedule.refreshing or not (self._schedule.auditing or self._log_is_due(trainer)):
+            return
+        if any(getattr(p, "hess_diag", None) is not None and p.grad is not None for p in parameters_of([optimizer])):
+            figures: dict[str, Tensor] = {}
+            if self._audit is not None and self._schedule.auditing:
+                figures = self._audit.take(lambda x: trainer.strategy.reduce(x, reduce_op="mean"))
+            self._logger.note(
+                trainer, pl_module, optimizer, self._log_is_due(trainer), figures, self.per_layer, self.histogram
+            )
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs what the step has done, and lets compiled code run compiled."""
         self._eager.end()
-        if not self._logs:
+        logs = self._logger.take()
+        if not logs:
             return
-        logs, self._logs = list(self._logs.values()), {}
-        for log in logs:
-            log.after_step()
         if self._reevaluation is not None and self._log_is_due(trainer) and isinstance(outputs, dict):
-            self._measure_decrease(trainer, pl_module, logs[0], outputs, batch, batch_idx)
-        self._write(trainer, logs)
+            add_decrease(logs[0], trainer, outputs, self._reevaluation.evaluate(trainer, pl_module, batch, batch_idx))
+        self._logger.write(trainer, logs, self._schedule.last_refresh)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leaves nothing attached after an error or an interrupt."""
@@ -313,120 +271,30 @@ class HesScaleCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to log on the same steps."""
-        return {"last_refresh": self._last_refresh, "last_audit": self._last_audit}
+        return self._schedule.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned."""
-        self._last_refresh = state_dict["last_refresh"]
-        self._last_audit = state_dict.get("last_audit", self._last_refresh)
+        self._schedule.load_state_dict(state_dict)
 
     # -- how it is done
 
+    @property
+    def _attachment(self) -> Any:
+        """What is attached now; None between the backward passes."""
+        return self._backward.attachment
+
     def _decide(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Asks once for each step whether it is to have a diagonal and an audit."""
-        step = self._count_steps(trainer, pl_module)
-        if step == self._step:
-            return
-        self._step = step
-        # A trust region without any average, as after a run that had none, needs a first diagonal.
-        needed = self.delta is not None and any(not getattr(o, "curvature", True) for o in trainer.optimizers)
-        self._refreshing = self.should_refresh(step) or needed
-        self._auditing = False
-        if not self._refreshing:
-            return
-        self._refresh_before, self._last_refresh = self._last_refresh, step
-        if self._audit is not None and _crosses(self._last_audit, step, self.audit_every_n_steps):
-            # DDP with a static graph takes note of its first backward pass, which must be the only one.
-            self._auditing = not (self._first_backward and getattr(trainer.model, "static_graph", False))
-            if self._auditing:
-                self._last_audit = step
-
-    def _attach(self, loss: Tensor, parameters: list[Tensor], pl_module: pl.LightningModule) -> None:
-        wanted = self._wanted(parameters)
-        try:
-            self._attachment = attach(loss, wanted, method=self.method)
-        except UnsupportedOperationError as error:
-            if self.on_unsupported == "error":
-                raise
-            _, behind = supported_params(loss, wanted)
-            self._skipped |= {id(p): p for p in behind}
-            names = [name for name, p in pl_module.named_parameters() if id(p) in self._skipped]
-            rank_zero_warn(
-                f"HesScaleCallback computes no diagonal for {len(names)} parameters, {', '.join(names)}: {error}"
-            )
-            self._attachment = attach(loss, self._wanted(wanted), method=self.method)
-
-    def _wanted(self, parameters: list[Tensor]) -> list[Tensor]:
-        return [p for p in parameters if id(p) not in self._skipped] if self._skipped else parameters
-
-    @staticmethod
-    def _count_steps(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
-        # With several optimizers, global_step counts each of their steps: every second one would be always the same's.
-        return trainer.global_step if pl_module.automatic_optimization else trainer.fit_loop.total_batch_idx
+        every = None if self._audit is None else self.audit_every_n_steps
+        self._schedule.decide(trainer, pl_module, self.should_refresh, self.delta is not None, every)
 
     def _log_is_due(self, trainer: pl.Trainer) -> bool:
-        n: int = trainer.log_every_n_steps if self.log_every_n_steps is None else self.log_every_n_steps  # type: ignore[attr-defined]
-        return n > 0 and _crosses(self._refresh_before, self._last_refresh, n)
-
-    def _note(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        index = next(i for i, other in enumerate(trainer.optimizers) if other is optimizer)
-        prefix = f"curvature/optimizer_{index}" if len(trainer.optimizers) > 1 else "curvature"
-        if self._log_is_due(trainer):
-            layers = layer_names(pl_module) if self.per_layer else None
-            log = note_step(prefix, optimizer, layers, self.histogram)
-        else:
-            log = StepLog(prefix, optimizer, {}, only_audit=True)
-        if self._audit is not None and self._auditing:
-            figures = self._audit.take(lambda x: trainer.strategy.reduce(x, reduce_op="mean"))
-            log.values |= {f"audit/{name}": figure for name, figure in figures.items()}
-        self._logs[index] = log
-
-    def _measure_decrease(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        log: StepLog,
-        outputs: dict[str, Any],
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        after = self._reevaluation.evaluate(trainer, pl_module, batch, batch_idx)  # type: ignore[union-attr]
-        if after is None:
-            return
-        decrease = trainer.strategy.reduce(outputs["loss"].detach().float() - after, reduce_op="mean")
-        log.values["actual_decrease"] = decrease
-        if "predicted_decrease" in log.values:
-            log.values["gain_ratio"] = decrease / log.values["predicted_decrease"]
-
-    def _write(self, trainer: pl.Trainer, logs: Sequence[StepLog]) -> None:
-        record = {key: number for log in logs for key, number in log.numbers().items()}
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        if scaled and not all(abs(record.get(f"{log.prefix}/trace", 0.0)) < float("inf") for log in logs):
-            return  # the loss scale was too large: the scaler skips this step, and there is nothing to report
-        # Not self.log: that reaches a logger only on the trainer's own log_every_n_steps.
-        for logger in trainer.loggers:
-            logger.log_metrics(record, step=self._last_refresh)
-        trainer.callback_metrics.update({key: torch.tensor(number) for key, number in record.items()})
-        if self.histogram and trainer.is_global_zero:
-            for log in logs:
-                if log.counts is not None:
-                    loggers = can_log_histograms(trainer.loggers)
-                    write_histogram(loggers, f"{log.prefix}/histogram", log.counts, self._last_refresh)
-
-    def _detach(self) -> None:
-        if self._attachment is not None:
-            self._attachment.remove()
-            self._attachment = None
+        return self._schedule.log_is_due(trainer, self.log_every_n_steps)
 
     def _release(self, pl_module: pl.LightningModule) -> None:
-        self._detach()
+        self._backward.detach()
         self._eager.end()
-        self._logs = {}
+        self._logger.reset()
         if self._audit is not None:
             self._audit.reset()
         clear_diagonals(pl_module.parameters())
-
-
-def _crosses(before: int, step: int, n: int) -> bool:
-    """Whether a multiple of n lies between two steps, counted from 1."""
-    return (step + 1) // n > (before + 1) // n

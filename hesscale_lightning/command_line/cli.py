@@ -10,6 +10,7 @@ The console script ``hesscale`` is the same command.
 
 import difflib
 import inspect
+import pickle
 import re
 import warnings
 from importlib import import_module
@@ -20,8 +21,8 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from hesscale_lightning.command_line.report import report
 from hesscale_lightning.curvature.engine import Method
-from hesscale_lightning.report import report
 
 
 class SaveConfigBesideLog(SaveConfigCallback):
@@ -40,7 +41,19 @@ class ReadableParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the error, with advice where a class is given an argument that it does not have, and exit."""
         found = re.search(r"class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted", message)
-        super().error(message + (_advice(*found.groups()) if found else ""), ex)
+        advice = _advice(*found.groups()) if found else ""
+        if re.search(r"unrecognized arguments: --optimizer\b|does not accept option 'optimizer\b", message):
+            advice = (
+                "\n\nThe model takes its optimizer as an argument: write it under model.init_args.optimizer in the "
+                "config, or --model.optimizer on the command line."
+            )
+        missing = re.search(r"No module named '([\w.]+)'", message)
+        if missing:
+            advice += (
+                f"\n\nPython finds no module {missing[1]}: check the spelling of the class_path, and that its folder "
+                "is on PYTHONPATH."
+            )
+        super().error(message + advice, ex)
 
     def print_usage(self, file: Any = None) -> None:
         """Print nothing: ``--help`` shows the usage."""
@@ -79,7 +92,7 @@ class ReportingTrainer(Trainer):
         if ckpt is not None:
             if not Path(ckpt).is_file():
                 raise FileNotFoundError(f"Found no checkpoint at {ckpt}, expected one that `hesscale fit` has written.")
-            model.load_state_dict(torch.load(ckpt, map_location="cpu", weights_only=True)["state_dict"])
+            _load_weights(model, ckpt)
         model.trainer = self
         source = model if datamodule is None else datamodule
         source.prepare_data()
@@ -89,6 +102,32 @@ class ReportingTrainer(Trainer):
         if picture is not None:
             result.draw(Path(picture))
             print(f"\npicture: {Path(picture).resolve()}")  # noqa: T201
+
+
+def _load_weights(model: LightningModule, ckpt: str) -> None:
+    """Loads a checkpoint's weights; raises ValueError with one line for a file that does not fit, and loads nothing."""
+    expected = "expected a checkpoint that `hesscale fit` has written with the same --config"
+    try:
+        content = torch.load(ckpt, map_location="cpu", weights_only=True)
+    except (EOFError, OSError, RuntimeError, pickle.UnpicklingError, ValueError) as error:
+        size = Path(ckpt).stat().st_size
+        raise ValueError(
+            f"Found {ckpt} of {size} bytes, which torch.load cannot read as weights; {expected}."
+        ) from error
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        raise ValueError(f"Found {ckpt} with a {type(content).__name__} without a state_dict; {expected}.")
+    found, own = content["state_dict"], model.state_dict()
+    missing, foreign = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
+    if missing or foreign:
+        named = [f"without {', '.join(missing[:3])}"] * bool(missing) + [f"with {', '.join(foreign[:3])}"] * bool(
+            foreign
+        )
+        raise ValueError(f"Found {ckpt} {' and '.join(named)}, unlike {type(model).__name__}'s; {expected}.")
+    for name, value in own.items():
+        if isinstance(value, torch.Tensor) and found[name].shape != value.shape:
+            shapes = f"{tuple(found[name].shape)}, and the model needs {tuple(value.shape)}"
+            raise ValueError(f"Found {ckpt} with {name} of shape {shapes}; {expected}.")
+    model.load_state_dict(found)
 
 
 class HesScaleCLI(LightningCLI):

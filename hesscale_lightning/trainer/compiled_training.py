@@ -175,7 +175,7 @@ def _refuse_unsupported(module: CompiledStepMixin) -> None:
 
 
 def _callback_of(module: pl.LightningModule) -> Any:
-    from hesscale_lightning.callback import HesScaleCallback
+    from hesscale_lightning.trainer.callback import HesScaleCallback
 
     callbacks: Any = [] if module._trainer is None else module._trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, HesScaleCallback)), None)

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torchmetrics import Metric
 
-from hesscale_lightning.audit import unchanged_buffers
+from hesscale_lightning.trainer.audit import unchanged_buffers
 
 
 class Reevaluation:
