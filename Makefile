@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 install: $(STAMP)  ## create .venv with the pinned versions
 
-demo: $(STAMP)  ## train a digits classifier with AdaHesScale, compare with Adam (SHORT=1: a few epochs, as CI does)
+demo: $(STAMP)  ## train digits at rates over three decades, with curvature and without (SHORT=1: a few epochs, as CI does)
 	$(BIN)/python examples/lightning/demo.py $(if $(SHORT),--short)
 
 demo-rl: $(STAMP)  ## train PPO on CartPole with AdaHesScale and with Stable-Baselines3's own policy, draw both curves

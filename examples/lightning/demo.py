@@ -28,13 +28,13 @@ import lightning as L
 import matplotlib
 import torch
 import yaml
+from hesscale_lightning.networks import MLP
 from lightning.pytorch.callbacks import Callback
 from matplotlib.axes import Axes
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from hesscale_lightning import AdaHesScale, DigitsDataModule, HesScaleCallback, HesScaleModule
-from hesscale_lightning.networks import MLP
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

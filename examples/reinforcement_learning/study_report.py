@@ -55,9 +55,11 @@ class Study:
     Args:
         found: All runs.
         algorithm: "PPO" or "A2C".
+        furthest: Only the methods with as many seeds as the one that has the most, so that all of these count. Else all
+            methods, on the seeds that they have in common.
     """
 
-    def __init__(self, found: Found, algorithm: str) -> None:
+    def __init__(self, found: Found, algorithm: str, *, furthest: bool = False) -> None:
         self.algorithm = algorithm
         self.curves: dict[tuple[str, str], dict[int, Array]] = {}
         self.untrained: dict[str, float] = {}
@@ -73,6 +75,11 @@ class Study:
         self.untrained = {task: statistics.mean(values) for task, values in untrained.items()}
         complete = [m for m in methods(algorithm) if all((m, task) in self.curves for task in TASKS)]
         self.methods = [m for m in complete if m != "untrained"]
+        self.under_way = False
+        if furthest and self.methods:
+            ready = {m: len(set.intersection(*(set(self.curves[m, task]) for task in TASKS))) for m in self.methods}
+            self.under_way = min(ready.values()) < max(ready.values())
+            self.methods = [m for m in self.methods if ready[m] == max(ready.values())]
         of_each = [set(self.curves[m, task]) for m in self.methods for task in TASKS]
         self.seeds = sorted(set.intersection(*of_each)) if of_each else []
         self.methods = self.methods if self.seeds else []
@@ -162,36 +169,43 @@ def tables(found: Found) -> str:
     """The section between the markers."""
     lines: list[str] = []
     for algorithm in ("PPO", "A2C"):
-        study = Study(found, algorithm)
-        if TUNED not in study.methods or "nats" not in study.methods or not study.untrained:
-            continue
-        ours = {score: study.scores("nats", score) for score in (auc, final)}
-        lines += [
-            f"**{algorithm}**, {len(TASKS)} tasks, {len(study.seeds)} of {len(SEEDS)} seeds, "
-            f"{TASKS['Hopper-v5']:,} steps{'' if len(study.seeds) == len(SEEDS) else PRELIMINARY}:",
-            "",
-            "| method | AUC, IQM | final, IQM | better than it in AUC | collapses |",
-            "|---|---|---|---|---|",
-        ]
-        for method in study.methods:
-            scores = {score: study.scores(method, score) for score in (auc, final)}
-            better = "" if method == "nats" else cell(improvement, ours[auc], scores[auc])
-            lines.append(
-                f"| {label(method)} | {cell(interquartile_mean, scores[auc])} | "
-                f"{cell(interquartile_mean, scores[final])} | {better} | "
-                f"{study.collapses(method)} of {study.runs(method)} |"
-            )
-        lines += ["", "Final returns, mean of the seeds (Adam's best rate in AUC in hindsight is in bold):", ""]
-        shown = [m for m in study.methods if m != TUNED]
-        lines += ["| task | untrained | " + " | ".join(label(m) for m in shown) + " |", "|---" * (2 + len(shown)) + "|"]
-        for task in TASKS:
-            cells = []
-            for method in shown:
-                text = f"{study.raw(method, task, final).mean():.0f}"
-                cells.append(f"**{text}**" if method == study.best_rate[task] else text)
-            lines.append(f"| {task} | {study.untrained[task]:.0f} | " + " | ".join(cells) + " |")
-        lines.append("")
+        study = Study(found, algorithm, furthest=True)
+        lines += table(study)
+        if study.under_way:
+            lines += table(Study(found, algorithm))
     return "\n".join(lines + robustness(found)) + "\n"
+
+
+def table(study: Study) -> list[str]:
+    """The comparison for one algorithm; nothing as long as there is too little for one."""
+    if TUNED not in study.methods or "nats" not in study.methods or not study.untrained:
+        return []
+    ours = {score: study.scores("nats", score) for score in (auc, final)}
+    lines = [
+        f"**{study.algorithm}**, {len(TASKS)} tasks, {len(study.seeds)} of {len(SEEDS)} seeds, "
+        f"{TASKS['Hopper-v5']:,} steps{'' if len(study.seeds) == len(SEEDS) else PRELIMINARY}:",
+        "",
+        "| method | AUC, IQM | final, IQM | better than it in AUC | collapses |",
+        "|---|---|---|---|---|",
+    ]
+    for method in study.methods:
+        scores = {score: study.scores(method, score) for score in (auc, final)}
+        better = "" if method == "nats" else cell(improvement, ours[auc], scores[auc])
+        lines.append(
+            f"| {label(method)} | {cell(interquartile_mean, scores[auc])} | "
+            f"{cell(interquartile_mean, scores[final])} | {better} | "
+            f"{study.collapses(method)} of {study.runs(method)} |"
+        )
+    lines += ["", "Final returns, mean of the seeds (Adam's best rate in AUC in hindsight is in bold):", ""]
+    shown = [m for m in study.methods if m != TUNED]
+    lines += ["| task | untrained | " + " | ".join(label(m) for m in shown) + " |", "|---" * (2 + len(shown)) + "|"]
+    for task in TASKS:
+        cells = []
+        for method in shown:
+            text = f"{study.raw(method, task, final).mean():.0f}"
+            cells.append(f"**{text}**" if method == study.best_rate[task] else text)
+        lines.append(f"| {task} | {study.untrained[task]:.0f} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 def label(method: str) -> str:
@@ -250,7 +264,7 @@ def draw(found: Found, folder: Path) -> None:
         "adam 3e-4": "Adam 3e-4",
         "adam, adaptive": "Adam, KL-adaptive",
     }
-    studies = [Study(found, algorithm) for algorithm in ("PPO", "A2C")]
+    studies = [Study(found, algorithm, furthest=True) for algorithm in ("PPO", "A2C")]
     studies = [s for s in studies if TUNED in s.methods and "nats" in s.methods and s.untrained]
     figure, axes = plt.subplots(len(studies), len(TASKS), figsize=(3.2 * len(TASKS), 2.7 * len(studies)), squeeze=False)
     for row, study in zip(axes, studies, strict=True):
