@@ -88,6 +88,7 @@ def _work(rank: int, port: int, results: Any) -> None:
         sent[curvature] = dict(counted.bytes)
     if rank == 0:
         results.put((sent, {key: median(value) for key, value in times.items()}))
+    dist.barrier()  # leave together: a process that ends while another still talks to it is torn down
     dist.destroy_process_group()
 
 

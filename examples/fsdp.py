@@ -34,6 +34,7 @@ def main() -> None:
         dist.all_reduce(mean)
         if rank == 0 and step % 20 == 0:
             print(f"step {step}: loss {mean.item():.3f}")
+    dist.barrier()  # leave together: a process that ends while another still talks to it is torn down
     dist.destroy_process_group()
 
 

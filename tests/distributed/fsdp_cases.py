@@ -333,4 +333,5 @@ if __name__ == "__main__":
             outcome = f"{type(error).__name__}: {error}".replace("\n", " ")
         if dist.get_rank() == 0:
             sys.stdout.write(f"{name}\t{outcome}\n")
+    dist.barrier()  # leave together: a process that ends while another still talks to it is torn down
     dist.destroy_process_group()
