@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -92,7 +92,36 @@ class CompiledDQN(CompiledOffPolicyUpdates, DQN):
         return F.smooth_l1_loss(values, targets)
 
 
-class CompiledSAC(CompiledOffPolicyUpdates, SAC):
+class CompiledCriticUpdates(CompiledOffPolicyUpdates):
+    """What compiled algorithms with critics ``Q(s, a)`` have in common."""
+
+    actor: Any
+    critic: Any
+    critic_target: Any
+    _critic_factor: ClassVar[float] = 1.0
+
+    def _next_value(self, next_observations: Any, drawn: Tensor) -> Tensor:
+        """The value of the states that came next, of shape (batch, 1)."""
+        raise NotImplementedError
+
+    def _critic_loss(
+        self,
+        observations: Any,
+        actions: Tensor,
+        next_observations: Any,
+        dones: Tensor,
+        rewards: Tensor,
+        discounts: float | Tensor,
+        drawn: Tensor,
+    ) -> Tensor:
+        with self._without_tags():
+            with torch.no_grad():
+                targets = rewards + (1 - dones) * discounts * self._next_value(next_observations, drawn)
+            errors = [F.mse_loss(values, targets) for values in self.critic(observations, actions)]
+        return self._critic_factor * torch.stack(errors).sum()
+
+
+class CompiledSAC(CompiledCriticUpdates, SAC):
     """SAC with compiled updates: the arguments, policies and logged values of ``stable_baselines3.SAC``.
 
     Critic and actor are updated by a program each, the entropy coefficient by the Adam that SAC makes for it. Within
@@ -109,6 +138,8 @@ class CompiledSAC(CompiledOffPolicyUpdates, SAC):
     Equations: Haarnoja and others, "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905, and
     Stable-Baselines3's ``sac.py``.
     """
+
+    _critic_factor = 0.5
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """Updates the networks with transitions of the replay buffer, as ``SAC.train``."""
@@ -151,22 +182,10 @@ class CompiledSAC(CompiledOffPolicyUpdates, SAC):
         self._n_updates += gradient_steps
         self._record(**told)
 
-    def _critic_loss(
-        self,
-        observations: Any,
-        actions: Tensor,
-        next_observations: Any,
-        dones: Tensor,
-        rewards: Tensor,
-        discounts: float | Tensor,
-        ent_coef: Tensor,
-    ) -> Tensor:
-        with self._without_tags():
-            with torch.no_grad():
-                next_actions, log_prob = self.actor.action_log_prob(next_observations)
-                worst = torch.cat(self.critic_target(next_observations, next_actions), dim=1).amin(dim=1, keepdim=True)
-                targets = rewards + (1 - dones) * discounts * (worst - ent_coef * log_prob.reshape(-1, 1))
-            return 0.5 * _error_of_all(self.critic(observations, actions), targets)
+    def _next_value(self, next_observations: Any, ent_coef: Tensor) -> Tensor:
+        next_actions, log_prob = self.actor.action_log_prob(next_observations)
+        bonus: Tensor = ent_coef * log_prob.reshape(-1, 1)
+        return _lowest(self.critic_target(next_observations, next_actions)) - bonus
 
     def _actor_loss(self, observations: Any, ent_coef: Tensor) -> tuple[Tensor, Tensor]:
         with self._without_tags(), _held_still(self.critic, but=self.actor):
@@ -176,7 +195,7 @@ class CompiledSAC(CompiledOffPolicyUpdates, SAC):
         return loss, torch.stack([loss, log_prob.mean()]).detach()
 
 
-class CompiledTD3(CompiledOffPolicyUpdates, TD3):
+class CompiledTD3(CompiledCriticUpdates, TD3):
     """TD3 with compiled updates: the arguments, policies and logged values of ``stable_baselines3.TD3``.
 
     Critic and actor are updated by a program each; see :class:`CompiledDQN`.
@@ -219,22 +238,9 @@ class CompiledTD3(CompiledOffPolicyUpdates, TD3):
                 polyak_update(self.actor_batch_norm_stats, self.actor_batch_norm_stats_target, 1.0)
         self._record(**told)
 
-    def _critic_loss(
-        self,
-        observations: Any,
-        actions: Tensor,
-        next_observations: Any,
-        dones: Tensor,
-        rewards: Tensor,
-        discounts: float | Tensor,
-        noise: Tensor,
-    ) -> Tensor:
-        with self._without_tags():
-            with torch.no_grad():
-                next_actions = (self.actor_target(next_observations) + noise).clamp(-1, 1)
-                worst = torch.cat(self.critic_target(next_observations, next_actions), dim=1).amin(dim=1, keepdim=True)
-                targets = rewards + (1 - dones) * discounts * worst
-            return _error_of_all(self.critic(observations, actions), targets)
+    def _next_value(self, next_observations: Any, noise: Tensor) -> Tensor:
+        next_actions = (self.actor_target(next_observations) + noise).clamp(-1, 1)
+        return _lowest(self.critic_target(next_observations, next_actions))
 
     def _actor_loss(self, observations: Any) -> Tensor:
         with self._without_tags(), _held_still(self.critic, but=self.actor):
@@ -249,9 +255,9 @@ class CompiledDDPG(CompiledTD3, DDPG):
     """
 
 
-def _error_of_all(critics: Sequence[Tensor], targets: Tensor) -> Tensor:
-    """The sum of the critics' mean squared errors."""
-    return torch.stack([F.mse_loss(values, targets) for values in critics]).sum()
+def _lowest(values: Sequence[Tensor]) -> Tensor:
+    """The smallest of the critics' values, which overestimates least."""
+    return torch.cat(list(values), dim=1).amin(dim=1, keepdim=True)
 
 
 @contextmanager
