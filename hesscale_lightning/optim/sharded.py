@@ -52,6 +52,8 @@ def total(value: float | Tensor, where: Any) -> float | Tensor:
 
 def check_placements(param: Any, name: str, value: Any) -> None:
     """Raise ValueError unless a gradient or diagonal is spread over processes exactly as its parameter is."""
+    if type(param) in _PLAIN and type(value) in _PLAIN:  # at every step, for every parameter
+        return
     if not is_distributed(param) and not is_distributed(value):
         return
     expected, found = getattr(param, "placements", None), getattr(value, "placements", None)
