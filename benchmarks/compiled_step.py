@@ -76,7 +76,7 @@ def make_in_new_processes(workload: Workload) -> list[float]:
 
 def guard_time(step: Step, clear: Callable[[], None], *batch: Any) -> float:
     """Microseconds of a step in which neither the program nor what hands out its results does anything."""
-    run, step._run = step._run, lambda *_: None  # type: ignore[method-assign]
+    run, step._run = step._run, lambda *_, **__: None  # type: ignore[method-assign]
     try:
         return ratios([clear, lambda: step(*batch)], 1.0)[1].variant_us
     finally:
