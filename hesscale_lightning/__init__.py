@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     )
     from hesscale_lightning.trainer.callback import HesScaleCallback
     from hesscale_lightning.trainer.compiled_training import CompiledStepMixin
+    from hesscale_lightning.uses.data_diagonal import hess_diag_over
+    from hesscale_lightning.uses.hess_diag_state import HessDiagState
 
 # name -> module that defines it; imported on first access, because these modules import lightning or torchmetrics
 _LAZY = {
@@ -57,6 +59,8 @@ _LAZY = {
     "EffectiveLearningRate": "hesscale_lightning.metrics",
     "LossDecrease": "hesscale_lightning.metrics",
     "StepSizeScale": "hesscale_lightning.metrics",
+    "HessDiagState": "hesscale_lightning.uses.hess_diag_state",
+    "hess_diag_over": "hesscale_lightning.uses.data_diagonal",
 }
 
 __all__ = [
@@ -76,6 +80,7 @@ __all__ = [
     "EffectiveLearningRate",
     "HesScaleCallback",
     "HesScaleModule",
+    "HessDiagState",
     "LossDecrease",
     "MNIST1DDataModule",
     "StepSizeScale",
@@ -87,6 +92,7 @@ __all__ = [
     "compile_step",
     "coverage",
     "exact_hess_diag",
+    "hess_diag_over",
     "register_rule",
     "with_curvature",
 ]

@@ -10,12 +10,14 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from hesscale_lightning.curvature import CoverageReport, backward, coverage
+from hesscale_lightning.curvature import CoverageReport, coverage
 from hesscale_lightning.curvature.engine import Method
 from hesscale_lightning.metrics import layer_shares, max_abs, mean_abs, negative_fraction, trace
-from hesscale_lightning.trainer.audit import unchanged_buffers
 from hesscale_lightning.trainer.reevaluation import muted
 from hesscale_lightning.trainer.step_log import layer_names
+from hesscale_lightning.uses.batch_losses import size_of
+from hesscale_lightning.uses.data_diagonal import hess_diag_over
+from hesscale_lightning.uses.untouched import untouched
 
 
 @dataclass(frozen=True)
@@ -110,29 +112,28 @@ def report(
         ValueError: if there is no batch, or ``training_step`` returns no loss.
         UnsupportedOperationError: if the loss contains an operation without a rule.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    with muted(model), untouched(model, training=True) as parameters:
+        taken = list(islice(loader, batches))
+        if not taken:
+            raise ValueError("Found no training batch, expected at least one to compute curvature from.")
+        found = coverage(_loss(model, taken[0], 0), [p for _, p in parameters])
+    diagonals = hess_diag_over(
+        model, None, taken, method=method, batch_size=_size, distributed=False, progress_bar=False
+    )
     names = layer_names(model)
-    was_training = model.training
-    for p in parameters:
-        p.grad = p.hess_diag = None  # type: ignore[attr-defined]
-    found: CoverageReport | None = None
-    used = 0
-    with torch.enable_grad(), muted(model), unchanged_buffers(model), torch.random.fork_rng():
-        for index, batch in enumerate(islice(loader, batches)):
-            if found is None:
-                found = coverage(_loss(model.train(), batch, index), parameters)
-            backward(_loss(model.eval(), batch, index), parameters, method=method)
-            used += 1
-    model.train(was_training)
-    if found is None:
-        raise ValueError("Found no training batch, expected at least one to compute curvature from.")
     layers: dict[str, list[Tensor]] = {}
-    for p in parameters:
-        h = getattr(p, "hess_diag", None)
+    for name, p in model.named_parameters():
+        h = diagonals.get(name.replace("_orig_mod.", ""))
         if h is not None:
-            layers.setdefault(names[id(p)], []).append(h / used)
-        p.grad = p.hess_diag = None  # type: ignore[attr-defined]
-    return ModelReport(found, layers, used, method)
+            layers.setdefault(names[id(p)], []).append(h)
+    return ModelReport(found, layers, len(taken), method)
+
+
+def _size(batch: Any) -> int:
+    try:
+        return size_of(batch)
+    except ValueError:  # a layout that we do not know: all batches alike
+        return 1
 
 
 def _loss(model: pl.LightningModule, batch: Any, index: int) -> Tensor:
