@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from hesscale_lightning.trainer.compiled_training import CompiledStepMixin
     from hesscale_lightning.uses.data_diagonal import hess_diag_over
     from hesscale_lightning.uses.hess_diag_state import HessDiagState
+    from hesscale_lightning.uses.pruning import HesScalePruning
+    from hesscale_lightning.uses.sparsity_schedule import SparsitySchedule
 
 # name -> module that defines it; imported on first access, because these modules import lightning or torchmetrics
 _LAZY = {
@@ -59,6 +61,8 @@ _LAZY = {
     "EffectiveLearningRate": "hesscale_lightning.metrics",
     "LossDecrease": "hesscale_lightning.metrics",
     "StepSizeScale": "hesscale_lightning.metrics",
+    "HesScalePruning": "hesscale_lightning.uses.pruning",
+    "SparsitySchedule": "hesscale_lightning.uses.sparsity_schedule",
     "HessDiagState": "hesscale_lightning.uses.hess_diag_state",
     "hess_diag_over": "hesscale_lightning.uses.data_diagonal",
 }
@@ -80,9 +84,11 @@ __all__ = [
     "EffectiveLearningRate",
     "HesScaleCallback",
     "HesScaleModule",
+    "HesScalePruning",
     "HessDiagState",
     "LossDecrease",
     "MNIST1DDataModule",
+    "SparsitySchedule",
     "StepSizeScale",
     "StepSizeScaling",
     "UnsupportedOperationError",

@@ -71,8 +71,10 @@ class TrainingStep:
                 "expected one that returns the loss. Give step=lambda model, batch: ... , which returns it."
             )
         self.model = model
-        self._data = data if isinstance(data, LightningDataModule) else None
-        if data is None or self._data is not None:
+        self._trainer = getattr(model, "_trainer", None)  # model.trainer raises where there is none
+        own = data if isinstance(data, LightningDataModule) else None
+        self._data = own if own is not None else getattr(self._trainer, "datamodule", None)
+        if data is None or own is not None:
             source = model if data is None else data
             source.prepare_data()
             source.setup("fit")
@@ -88,7 +90,9 @@ class TrainingStep:
     def loss(self, batch: Any, index: int) -> Tensor:
         """The loss that ``training_step`` returns for a batch, after the hooks that move and transform batches."""
         batch = self._transferred(batch)
-        output = self.model.training_step(batch, index)
+        plugin = getattr(self._trainer, "precision_plugin", None)
+        with nullcontext() if plugin is None else plugin.train_step_context():
+            output = self.model.training_step(batch, index)
         loss = output.get("loss") if isinstance(output, dict) else output
         if not isinstance(loss, Tensor):
             raise ValueError(f"Found {type(loss).__name__} from training_step, expected the loss as a tensor.")

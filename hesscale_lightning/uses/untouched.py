@@ -39,6 +39,7 @@ def untouched(model: nn.Module, training: bool = False) -> Iterator[list[tuple[s
         stack.callback(_put_back, every, modes, gradients, diagonals, buffers)
         stack.enter_context(_random_numbers_unchanged({p.device for p in every}))
         stack.enter_context(_metrics_unchanged(model))
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         model.train(training)
         clear(every)
