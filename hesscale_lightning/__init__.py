@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from hesscale_lightning.uses.data_diagonal import hess_diag_over
     from hesscale_lightning.uses.hess_diag_state import HessDiagState
     from hesscale_lightning.uses.pruning import HesScalePruning
+    from hesscale_lightning.uses.quantization import quantization_cost, quantized
     from hesscale_lightning.uses.sparsity_schedule import SparsitySchedule
 
 # name -> module that defines it; imported on first access, because these modules import lightning or torchmetrics
@@ -64,6 +65,8 @@ _LAZY = {
     "HesScalePruning": "hesscale_lightning.uses.pruning",
     "SparsitySchedule": "hesscale_lightning.uses.sparsity_schedule",
     "HessDiagState": "hesscale_lightning.uses.hess_diag_state",
+    "quantization_cost": "hesscale_lightning.uses.quantization",
+    "quantized": "hesscale_lightning.uses.quantization",
     "hess_diag_over": "hesscale_lightning.uses.data_diagonal",
 }
 
@@ -99,6 +102,8 @@ __all__ = [
     "coverage",
     "exact_hess_diag",
     "hess_diag_over",
+    "quantization_cost",
+    "quantized",
     "register_rule",
     "with_curvature",
 ]
