@@ -80,6 +80,7 @@ class ReportingTrainer(Trainer):
         batches: int = 8,
         method: Method = "hesscale",
         quantize: str | list[int] | None = None,
+        quantize_method: Method = "hesscale_rank1",
     ) -> None:
         """Print what curvature meets in the training loss, and each layer's curvature; draw a picture of it.
 
@@ -91,6 +92,7 @@ class ReportingTrainer(Trainer):
             batches: how many training batches the diagonal is the mean of.
             method: hesscale, hesscale_gn, hesscale_rank1 or bl89.
             quantize: numbers of bits, such as 8,4; also prints and draws what rounding each layer's weights costs.
+            quantize_method: the method of the diagonals for that; hesscale_rank1 ranks layers of deep networks best.
         """
         bits = [] if quantize is None else parse_bits(quantize)
         if ckpt is not None:
@@ -101,7 +103,7 @@ class ReportingTrainer(Trainer):
         source = model if datamodule is None else datamodule
         source.prepare_data()
         source.setup("fit")
-        result = report(model, source.train_dataloader(), batches, method, bits)
+        result = report(model, source.train_dataloader(), batches, method, bits, quantize_method)
         print(result)  # noqa: T201
         if picture is not None:
             result.draw(Path(picture))

@@ -31,6 +31,7 @@ class ModelReport:
         batches: how many batches the diagonals are the mean of.
         method: the method that computed them.
         quantization: for each number of bits, what rounding a layer's weights costs, by the layer's name.
+        quantize_method: the method of the diagonals that this was computed from.
     """
 
     coverage: CoverageReport
@@ -38,6 +39,7 @@ class ModelReport:
     batches: int
     method: str
     quantization: dict[int, dict[str, float]] = field(default_factory=dict)
+    quantize_method: str = "hesscale_rank1"
 
     def __str__(self) -> str:
         head = ("layer", "parameters", "share", "trace", "mean |h|", "max |h|", "below 0")
@@ -54,7 +56,8 @@ class ModelReport:
         layers = list(self.quantization[bits[0]])
         rows = [(layer, *(f"{self.quantization[b][layer]:.3g}" for b in bits)) for layer in layers]
         rows.append(("all", *(f"{sum(self.quantization[b].values()):.3g}" for b in bits)))
-        title = "What quantizing a layer's weights costs, sum of h (w - Q(w))^2 / 2, in units of the loss"
+        formula = f"sum of h (w - Q(w))^2 / 2 ({self.quantize_method})"
+        title = f"What quantizing a layer's weights costs, {formula}, in units of the loss"
         return f"{title}\n\n{_table(('layer', *(f'{b} bits' for b in bits)), rows)}"
 
     def draw(self, path: Path) -> None:
@@ -131,6 +134,7 @@ def report(
     batches: int = 8,
     method: Method = "hesscale",
     quantize: Sequence[int] = (),
+    quantize_method: Method = "hesscale_rank1",
 ) -> ModelReport:
     """Reports on a model's training loss and the curvature of its layers, leaving the model as it was.
 
@@ -144,6 +148,7 @@ def report(
         method: as for :func:`hesscale_lightning.attach`.
         quantize: numbers of bits; for each, what rounding a layer's weights (its tensors of two or more dimensions)
             costs, ``sum h (w - Q(w))^2 / 2``.
+        quantize_method: the method of these diagonals, which ranks the layers of deep networks best (docs/uses.md).
 
     Raises:
         ValueError: if a number of bits is out of range, there is no batch, or ``training_step``
@@ -156,23 +161,23 @@ def report(
         if not taken:
             raise ValueError("Found no training batch, expected at least one to compute curvature from.")
         found = coverage(_loss(model, taken[0], 0), [p for _, p in parameters])
-    diagonals = hess_diag_over(
-        model, None, taken, method=method, batch_size=_size, distributed=False, progress_bar=False
-    )
+    diagonals = _over(model, taken, method)
     names = layer_names(model)
     layers: dict[str, list[Tensor]] = {}
     for name, p in model.named_parameters():
         h = diagonals.get(name.replace("_orig_mod.", ""))
         if h is not None:
             layers.setdefault(names[id(p)], []).append(h)
-    weights = {name: p for name, p in model.named_parameters() if p.ndim > 1}
     quantization: dict[int, dict[str, float]] = {bits: {} for bits in quantize}
-    for bits, costs in quantization.items():
-        known = {clean: p for name, p in weights.items() if (clean := name.replace("_orig_mod.", "")) in diagonals}
-        for name, cost in quantization_cost(known, diagonals, bits).items():
-            layer = names[id(known[name])]
-            costs[layer] = costs.get(layer, 0.0) + cost
-    return ModelReport(found, layers, len(taken), method, quantization)
+    if quantization:
+        curvature = diagonals if quantize_method == method else _over(model, taken, quantize_method)
+        weights = {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters() if p.ndim > 1}
+        weights = {name: p for name, p in weights.items() if name in curvature}
+        for bits, costs in quantization.items():
+            for name, cost in quantization_cost(weights, curvature, bits).items():
+                layer = names[id(weights[name])]
+                costs[layer] = costs.get(layer, 0.0) + cost
+    return ModelReport(found, layers, len(taken), method, quantization, quantize_method)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -181,6 +186,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["  ".join([row[0].ljust(width), *(cell.rjust(10) for cell in row[1:])]) for row in (head, *rows)]
     rule = "-" * len(lines[0])
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def _over(model: pl.LightningModule, batches: list[Any], method: Method) -> dict[str, Tensor]:
+    return hess_diag_over(model, None, batches, method=method, batch_size=_size, distributed=False, progress_bar=False)
 
 
 def _size(batch: Any) -> int:

@@ -49,8 +49,10 @@ def test_the_cost_is_the_change_of_a_quadratic_loss_at_its_minimum(bits):
 
 def test_the_report_prints_and_draws_it(tmp_path: Path):
     module = Classifier(make_net())
-    found = report(module, make_batches(3), method="hesscale_gn", quantize=[8, 4])
-    diagonals = hess_diag_over(module, None, make_batches(3), method="hesscale_gn", progress_bar=False)
+    found = report(module, make_batches(3), quantize=[8, 4])
+    diagonals = hess_diag_over(module, None, make_batches(3), method="hesscale_rank1", progress_bar=False)
+    same = report(module, make_batches(3), method="hesscale_gn", quantize=[4], quantize_method="hesscale_gn")
+    assert same.quantization[4]["net.0"] != pytest.approx(found.quantization[4]["net.0"], rel=1e-3)
     for bits in (8, 4):
         for layer in ("net.0", "net.3"):
             weight = module.get_submodule(layer).weight
