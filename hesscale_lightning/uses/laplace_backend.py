@@ -8,14 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hesscale_lightning.curvature import backward
+
 try:
     from laplace.curvature import GGNInterface
-except ImportError as error:
-    raise ImportError(
-        "The backend for Laplace posteriors needs laplace-torch: pip install 'hesscale_lightning[laplace]'"
-    ) from error
+except ImportError:  # then there is no Laplace to give the backend to; the class can be imported all the same
 
-from hesscale_lightning.curvature import backward
+    class GGNInterface:  # type: ignore[no-redef]
+        """Stands for laplace-torch's."""
+
+        def __init__(self, *args: Any) -> None:
+            raise ImportError(
+                "The backend for Laplace posteriors needs laplace-torch: pip install 'hesscale_lightning[laplace]'"
+            )
 
 
 class HesScaleGGN(GGNInterface):
@@ -38,7 +43,7 @@ class HesScaleGGN(GGNInterface):
     Example:
         >>> import torch
         >>> from laplace import Laplace                                               # doctest: +SKIP
-        >>> from hesscale_lightning.uses.laplace_backend import HesScaleGGN           # doctest: +SKIP
+        >>> from hesscale_lightning import HesScaleGGN
         >>> posterior = Laplace(                                                      # doctest: +SKIP
         ...     model, "classification", subset_of_weights="all", hessian_structure="diag", backend=HesScaleGGN
         ... )

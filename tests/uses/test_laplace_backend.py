@@ -13,7 +13,7 @@ laplace = pytest.importorskip(
 )
 from laplace.curvature import BackPackGGN, CurvlinopsGGN  # noqa: E402
 
-from hesscale_lightning.uses.laplace_backend import HesScaleGGN  # noqa: E402
+from hesscale_lightning import HesScaleGGN  # noqa: E402
 
 CLASSES = 3
 HIDDEN = {0: [], 1: [8], 2: [8, 8]}
