@@ -23,7 +23,7 @@ from hesscale_lightning.trainer.optimizer_step import add_trust_regions, complet
 from hesscale_lightning.trainer.parameters import clear_diagonals, parameters_of
 from hesscale_lightning.trainer.reevaluation import Reevaluation
 from hesscale_lightning.trainer.schedule import Schedule
-from hesscale_lightning.trainer.settings import check_arguments, check_trainer
+from hesscale_lightning.trainer.settings import check_arguments, check_split, check_split_options, check_trainer
 from hesscale_lightning.trainer.step_log import can_log_histograms
 from hesscale_lightning.trainer.step_logger import StepLogger, add_decrease
 
@@ -169,12 +169,14 @@ class HesScaleCallback(Callback):
         if stage != "fit":
             return
         check_trainer(trainer, pl_module, HesScaleCallback, self._reevaluation is not None)
+        check_split_options(trainer, self.method, self.on_unsupported, self._audit is not None)
         self._schedule.start(trainer, pl_module)
         self._backward.skipped = {}
         self._compiled = has_compiled_code(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Puts the trust region around the optimizers, before their state is restored from a checkpoint."""
+        check_split(trainer, pl_module)
         if self.delta is not None:
             add_trust_regions(trainer, self.delta)
         if self.histogram and trainer.is_global_zero and not can_log_histograms(trainer.loggers):

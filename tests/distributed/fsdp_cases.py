@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hesscale_lightning import AdaHesScale, attach
 from hesscale_lightning.optim import CalibratedRadius, StepSizeScaling
+from tests.distributed.launching import run_cases
 
 
 class Tied(nn.Module):
@@ -322,16 +323,4 @@ CASES = {
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    for name, case in CASES.items():
-        if len(sys.argv) > 1 and sys.argv[1] not in name:
-            continue
-        try:
-            outcome = f"{case():.1e}"
-        except Exception as error:
-            if len(sys.argv) > 1:
-                raise
-            outcome = f"{type(error).__name__}: {error}".replace("\n", " ")
-        if dist.get_rank() == 0:
-            sys.stdout.write(f"{name}\t{outcome}\n")
-    dist.barrier()  # leave together: a process that ends while another still talks to it is torn down
-    dist.destroy_process_group()
+    run_cases(CASES, *sys.argv[1:])

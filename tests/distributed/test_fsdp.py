@@ -1,61 +1,59 @@
-"""FSDP2 on two gloo processes, started once for the whole table of cases in ``fsdp_cases.py``."""
+"""Several gloo processes against one on the global batch; each table of cases is started once."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.distributed.fsdp_cases import CASES
+from tests.distributed import fsdp_cases, lightning_cases
+from tests.distributed.launching import ROOT, launch, outcomes
 
-_BOUNDS = {"mixed precision": 0.1}  # bfloat16 has 8 bits
-_HERE = Path(__file__).resolve()
+_TABLES = {"fsdp": fsdp_cases, "lightning": lightning_cases}
+_BOUNDS = {
+    "mixed precision": 0.1,  # bfloat16 has 8 bits
+    "measured decrease": 1e-4,  # a difference of losses in float32
+}
+_HERE = Path(__file__).resolve().parent
+_found: dict[str, dict[str, str]] = {}
 
-
-def _launch(program, *arguments, processes=2):
-    environment = {**os.environ, "PYTHONPATH": str(_HERE.parents[2]), "OMP_NUM_THREADS": "1"}
-    launch = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(processes),
-        str(program),
-        *arguments,
-    ]
-    done = subprocess.run(
-        [sys.executable, *launch], env=environment, capture_output=True, text=True, timeout=170, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch was built without torch.distributed"
+)
 
 
-@pytest.fixture(scope="module")
-def outcomes():
-    """What each case printed: its largest relative error, or the exception."""
-    printed = _launch(_HERE.parent / "fsdp_cases.py")
-    return dict(line.split("\t") for line in printed.splitlines() if "\t" in line)
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
-@pytest.mark.parametrize("name", CASES)
-def test_two_processes_agree_with_one_on_the_global_batch(outcomes, name):
+def _check(outcome, bound=1e-10):
     try:
-        error = float(outcomes[name])
+        error = float(outcome)
     except ValueError:
-        pytest.fail(outcomes[name])
-    assert error < _BOUNDS.get(name, 1e-10)
+        pytest.fail(outcome)
+    assert error < bound
 
 
-def test_the_example_learns():
-    losses = re.findall(r"loss ([\d.]+)", _launch(_HERE.parents[2] / "examples" / "fsdp.py"))
-    assert float(losses[-1]) < 0.5 * float(losses[0])
+@pytest.mark.parametrize(("table", "name"), [(table, name) for table, cases in _TABLES.items() for name in cases.CASES])
+def test_two_processes_agree_with_one_on_the_global_batch(table, name):
+    if table not in _found:
+        _found[table] = outcomes(_HERE / f"{table}_cases.py")
+    _check(_found[table][name], _BOUNDS.get(name, 1e-10))
 
 
 def test_four_processes_on_a_hybrid_mesh():
-    name, error = _launch(_HERE.parent / "fsdp_cases.py", "hybrid", processes=4).split("\t")
-    assert name == "hybrid"
-    assert float(error) < 1e-10
+    found = outcomes(_HERE / "fsdp_cases.py", "hybrid", processes=4)
+    assert list(found) == ["hybrid"]
+    _check(found["hybrid"])
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_other_processes_go_on_with_what_two_have_saved(tmp_path_factory, processes):
+    if "saved" not in _found:
+        folder = tmp_path_factory.mktemp("saved")
+        _found["saved"] = {"folder": str(folder), **outcomes(_HERE / "lightning_cases.py", "save", str(folder))}
+    found = outcomes(_HERE / "lightning_cases.py", "resume", _found["saved"]["folder"], processes=processes)
+    assert set(found) == set(lightning_cases.HANDED_OVER)
+    for outcome in found.values():
+        _check(outcome)
+
+
+def test_the_example_learns():
+    losses = re.findall(r"loss ([\d.]+)", launch(ROOT / "examples" / "fsdp.py"))
+    assert float(losses[-1]) < 0.5 * float(losses[0])
