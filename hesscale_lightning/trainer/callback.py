@@ -57,7 +57,8 @@ class HesScaleCallback(Callback):
 
     The diagonal is that of the loss which the optimizer minimises: of the mean over the micro-batches when gradients
     are accumulated, of the mean over all processes under DDP and ModelParallelStrategy, without the loss scale under
-    ``16-mixed``. Gradient clipping does not change it. With several optimizers, the keys are ``curvature/optimizer_0/trace`` and so on.
+    ``16-mixed``. Gradient clipping does not change it. With several optimizers, the keys are
+    ``curvature/optimizer_0/trace`` and so on.
 
     Code compiled by ``torch.compile`` runs eagerly on the steps that compute a diagonal, so with a compiled network
     choose ``every_n_steps`` above 1. Parts that are compiled outside of the module cannot be found, and raise.
