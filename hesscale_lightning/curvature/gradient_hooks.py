@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hesscale_lightning.curvature.graph import AccumulateGrad, Node
 from hesscale_lightning.curvature.precision import HALF
+from hesscale_lightning.curvature.tensor_parallel import is_distributed
 
 #: What torch puts before and behind a module with full backward hooks: the identity, with these hooks on its results.
 _IDENTITY = "BackwardHookFunctionBackward"
@@ -159,9 +160,13 @@ def _sum(parts: list[tuple[Tensor, int]]) -> Tensor:
     return total
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _same(a: Any, b: Any) -> bool:
     if a is b:
         return True
+    if is_distributed(a) and is_distributed(b):  # two wrappers without memory of their own
+        if a.placements == b.placements:
+            return _same(a.to_local(), b.to_local())
+        return _same(a.full_tensor(), b.full_tensor())
     if a.shape != b.shape:  # torch itself sums a gradient to the shape of what it belongs to
         if a.dim() < b.dim() or a.numel() < b.numel():
             return False

@@ -22,28 +22,10 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from hesscale_lightning.curvature.graph import AccumulateGrad, Node, trace
 from hesscale_lightning.curvature.precision import HALF
+from hesscale_lightning.curvature.tensor_parallel import is_distributed
 
 #: Modules under ``fully_shard``, empty in a process that has none: what an ordinary step asks.
 sharded_modules = _module_state_mapping
-
-_PLAIN = (Tensor, nn.Parameter)
-
-
-def is_distributed(tensor: Any) -> bool:
-    """Whether it is a DTensor; without the import where there can be none."""
-    if type(tensor) in _PLAIN:
-        return False
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def refuse_distributed_loss(loss: Any) -> None:
-    """Raises for a DTensor: sums over its parts would be taken for sums over the whole."""
-    if is_distributed(loss):
-        raise RuntimeError(
-            f"the loss is a DTensor with placements {loss.placements}: curvature through DTensors (tensor parallelism) "
-            "is not supported. Use DDP or fully_shard without tensor parallelism"
-        )
 
 
 def hold(root: Node, wanted: dict[int, Tensor] | None, method: str) -> tuple[Held | None, dict[int, Tensor] | None]:
@@ -82,12 +64,6 @@ def hold(root: Node, wanted: dict[int, Tensor] | None, method: str) -> tuple[Hel
             )
     if not parts:
         return None, wanted
-    for whole in variables:
-        if is_distributed(whole):
-            raise RuntimeError(
-                f"a parameter of shape {tuple(whole.shape)} is a DTensor inside fully_shard (tensor parallelism), "
-                "which curvature does not support: use fully_shard alone"
-            )
     if method == "hesscale_rank1":
         raise ValueError(
             "method 'hesscale_rank1' is not supported with fully_shard, expected 'hesscale', 'hesscale_gn' or 'bl89'"
@@ -217,15 +193,26 @@ class Held:
 
     def scatter(self) -> None:
         """Averages what arrived over the processes, and adds each process's part to its shard's ``hess_diag``."""
-        from torch.distributed.tensor import DTensor, Partial
+        from torch.distributed.tensor import DTensor, Partial, Replicate
 
         for part, leaf, h, fresh in self._arrived:
             shard = part.sharded_param
             dtype = torch.float32 if shard.dtype in HALF else shard.dtype
-            whole = torch.zeros(leaf.shape, dtype=dtype, device=leaf.device) if h is None else h.to(dtype)
-            mesh = shard.device_mesh
+            whole: Any = h
+            if is_distributed(leaf):  # inside tensor parallelism: this process's part of the columns or rows
+                whole = None if h is None else h.redistribute(placements=leaf.placements)
+                shape = leaf.to_local().shape
+                whole = None if whole is None else whole.to_local()
+            else:
+                shape = leaf.shape
+            whole = torch.zeros(shape, dtype=dtype, device=leaf.device) if whole is None else whole.to(dtype)
+            mesh = part.mesh_info.mesh
             spread = DTensor.from_local(whole.contiguous(), mesh, [Partial("avg")] * mesh.ndim, run_check=False)
-            mine = spread.redistribute(placements=shard.placements)
+            placements = [Replicate()] * (mesh.ndim - 1) + [part.fsdp_placement]
+            mine = spread.redistribute(placements=placements).to_local()
+            mine = DTensor.from_local(
+                mine, shard.device_mesh, shard.placements, run_check=False, shape=shard.shape, stride=shard.stride()
+            )
             earlier = None if fresh else getattr(shard, "hess_diag", None)
             shard.hess_diag = mine if earlier is None else earlier + mine
         self._arrived = []

@@ -23,6 +23,7 @@ from hesscale_lightning.optim.sharded import (
     is_trial,
     layout,
     local,
+    place_gradients,
     refuse_radius,
     total,
 )
@@ -342,6 +343,7 @@ class AdaHesScale(Optimizer):
     def _gather(self, group_index: int) -> _Gathered:
         """Collect and check one group's gradients and diagonals, changing nothing."""
         group = self.param_groups[group_index]
+        place_gradients(group["params"])
         found: _Gathered = []
         for index, param in enumerate(group["params"]):
             grad = param.grad

@@ -100,6 +100,19 @@ def check_placements(param: Any, name: str, value: Any) -> None:
         )
 
 
+def place_gradients(params: Iterable[Any]) -> None:
+    """Spread gradients as their parameters are, where both are DTensors of one mesh.
+
+    Torch itself leaves some otherwise, as that of an embedding that is split by rows. Nothing happens to the others.
+    """
+    for param in params:
+        grad = param.grad
+        if grad is None or type(param) in _PLAIN or not (is_distributed(param) and is_distributed(grad)):
+            continue
+        if grad.placements != param.placements and grad.device_mesh == param.device_mesh:
+            param.grad = grad.redistribute(placements=param.placements)
+
+
 def refuse_radius(params: Iterable[Tensor]) -> None:
     """Raise ValueError if some parameter is a DTensor: steps are not measured across processes."""
     if any(is_distributed(param) for param in params):

@@ -21,6 +21,7 @@ from hesscale_lightning.optim.sharded import (
     is_trial,
     layout,
     local,
+    place_gradients,
     refuse_radius,
     total,
 )
@@ -338,6 +339,7 @@ class StepSizeScaling(Optimizer):
     def _gather(self, group_index: int) -> list[Tensor]:
         """The parameters of one group that will move, each with a diagonal or an average; nothing changes."""
         group = self.param_groups[group_index]
+        place_gradients(group["params"])
         moving = []
         for index, param in enumerate(group["params"]):
             if param.grad is None:

@@ -7,7 +7,7 @@ import torch
 from torch.optim import Optimizer
 
 from hesscale_lightning.optim import StepSizeScaling
-from hesscale_lightning.optim.sharded import local
+from hesscale_lightning.optim.sharded import local, place_gradients
 from hesscale_lightning.trainer.parameters import diagonals_of, parameters_of, reduce_diagonals
 from hesscale_lightning.trainer.settings import is_model_parallel
 
@@ -27,6 +27,7 @@ def complete_diagonals(trainer: pl.Trainer, optimizer: Optimizer, refreshing: bo
         skipped: the ``id`` of the parameters that are to have none.
     """
     parameters = parameters_of([optimizer])
+    place_gradients(parameters)
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if refreshing and scaler is not None:
         torch._foreach_mul_([local(h) for h in diagonals_of(parameters)], 1.0 / scaler.get_scale())

@@ -263,15 +263,6 @@ def scaled():
     attach(cross_entropy(net(x), y))
 
 
-def tensor_parallel():
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-    parallelize_module(net, init_device_mesh("cpu", (2,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
-    x, y = data(net, 0)
-    attach(cross_entropy(net(x), y))
-
-
 def adahesscale(**options):
     return lambda params: AdaHesScale(params, **options)
 
@@ -317,7 +308,6 @@ CASES = {
     "checkpointed sharded": lambda: refused(RuntimeError, "is checkpointed", checkpointed_sharded),
     "found nothing": lambda: refused(RuntimeError, "none of the", foreign),
     "divide factor": lambda: refused(RuntimeError, "set_gradient_divide_factor", scaled),
-    "tensor parallel": lambda: refused(RuntimeError, "_ToTorchTensorBackward", tensor_parallel),
     "calibrated radius": lambda: refused(ValueError, "CalibratedRadius", calibrated),
 }
 

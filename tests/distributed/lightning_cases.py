@@ -14,9 +14,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy
 
-from hesscale_lightning import AdaHesScale, HesScaleCallback, attach
+from hesscale_lightning import AdaHesScale, HesScaleCallback, HesScaleModule, attach
 from hesscale_lightning.metrics import (
     STATISTICS,
     effective_learning_rate,
@@ -37,8 +38,12 @@ def shard_all(net: nn.Sequential, mesh: Any) -> None:
         fully_shard(layer, mesh=mesh)
 
 
+def by_columns_and_rows(net: nn.Sequential, mesh: Any) -> None:
+    parallelize_module(net, mesh, {"0": ColwiseParallel(), "3": RowwiseParallel()})
+
+
 class Sharded(pl.LightningModule):
-    """Shards its layers and itself, and takes its part of every batch."""
+    """Splits its network, and takes its part of every batch."""
 
     def __init__(self, optimizer: Any, shard: Any = shard_all) -> None:
         super().__init__()
@@ -47,7 +52,8 @@ class Sharded(pl.LightningModule):
 
     def configure_model(self) -> None:
         if not any(hasattr(p, "placements") for p in self.parameters()):
-            self.shard(self.net, self.device_mesh["data_parallel"])
+            tensor = self.shard is by_columns_and_rows
+            self.shard(self.net, self.device_mesh["tensor_parallel" if tensor else "data_parallel"])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         mesh = self.device_mesh["data_parallel"]
@@ -60,13 +66,17 @@ class Sharded(pl.LightningModule):
 
 def fit(module: Any, callback: Any, *others: Any, distributed: bool = True, path: Any = None, **options: Any) -> Any:
     recorder = Recorder()
-    world = dist.get_world_size()
+    sizes = (
+        (1, dist.get_world_size())
+        if getattr(module, "shard", None) is by_columns_and_rows
+        else (dist.get_world_size(), 1)
+    )
     trainer = make_trainer(
         callback,
         recorder,
         *others,
         devices=world,
-        strategy=ModelParallelStrategy(world, 1, save_distributed_checkpoint=distributed),
+        strategy=ModelParallelStrategy(*sizes, save_distributed_checkpoint=distributed),
         use_distributed_sampler=False,
         **options,
     )
@@ -149,8 +159,15 @@ def scaled(make: Any) -> Any:
     return lambda params: StepSizeScaling(make(params), 1e-3)
 
 
-def logged(optimizer: Any, reference: Any = None, clip: float = 0.0, accumulate: int = 1, **options: Any) -> float:
-    logger, module = ListLogger(), Sharded(optimizer)
+def logged(
+    optimizer: Any,
+    reference: Any = None,
+    clip: float = 0.0,
+    accumulate: int = 1,
+    shard: Any = shard_all,
+    **options: Any,
+) -> float:
+    logger, module = ListLogger(), Sharded(optimizer, shard)
     callback = HesScaleCallback(log_every_n_steps=1, per_layer=True, **options)
     settings = {"accumulate_grad_batches": accumulate, "gradient_clip_val": clip or None}
     recorder, _ = fit(module, callback, logger=logger, **settings)
@@ -217,6 +234,14 @@ def elsewhere(_: Any) -> Any:
     return AdaHesScale(make_net().parameters())
 
 
+def no_plan() -> float:
+    module = HesScaleModule(make_net())
+    module.shard = by_columns_and_rows
+    with pytest.raises(MisconfigurationException, match="tensor_parallel_size=2, expected 1"):
+        fit(module, HesScaleCallback())
+    return 0.0
+
+
 CASES = {
     "AdaHesScale": lambda: logged(adahesscale()),
     "AdaHesScale, clipped": lambda: logged(adahesscale(), clip=0.1),
@@ -226,6 +251,8 @@ CASES = {
     "SGD with delta, clipped": lambda: logged(sgd, scaled(sgd), clip=0.1, delta=1e-3),
     "measured decrease": lambda: logged(adahesscale(), measure_decrease=True),
     "histogram": histogram,
+    "tensor parallel": lambda: logged(adahesscale(), shard=by_columns_and_rows),
+    "tensor parallel, SGD with delta": lambda: logged(sgd, scaled(sgd), shard=by_columns_and_rows, delta=1e-3),
     "resumed": lambda: resumed(adahesscale()),
     "resumed from one file": lambda: resumed(adahesscale(), distributed=False),
     "resumed with delta": lambda: resumed(adam, scaled(adam), delta=1e-3),
@@ -237,6 +264,7 @@ CASES = {
     "partly sharded": lambda: refused(
         "2 parameters that no .*net.3", shard=lambda net, mesh: fully_shard(net[0], mesh=mesh)
     ),
+    "no plan for tensor parallelism": no_plan,
     "found nothing": lambda: refused("found no parameter of Sharded in its optimizers", elsewhere),
 }
 

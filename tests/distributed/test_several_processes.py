@@ -6,11 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed import fsdp_cases, lightning_cases
+from tests.distributed import fsdp_cases, lightning_cases, tensor_parallel_cases
 from tests.distributed.launching import ROOT, launch, outcomes
 
-_TABLES = {"fsdp": fsdp_cases, "lightning": lightning_cases}
+_TABLES = {
+    "fsdp": fsdp_cases.CASES,
+    "lightning": lightning_cases.CASES,
+    "tensor_parallel": tensor_parallel_cases.TWO,
+}
 _BOUNDS = {
+    "casts on DTensors": 1e-5,  # single precision
     "mixed precision": 0.1,  # bfloat16 has 8 bits
     "measured decrease": 1e-4,  # a difference of losses in float32
 }
@@ -30,7 +35,7 @@ def _check(outcome, bound=1e-10):
     assert error < bound
 
 
-@pytest.mark.parametrize(("table", "name"), [(table, name) for table, cases in _TABLES.items() for name in cases.CASES])
+@pytest.mark.parametrize(("table", "name"), [(table, name) for table, cases in _TABLES.items() for name in cases])
 def test_two_processes_agree_with_one_on_the_global_batch(table, name):
     if table not in _found:
         _found[table] = outcomes(_HERE / f"{table}_cases.py")
@@ -41,6 +46,13 @@ def test_four_processes_on_a_hybrid_mesh():
     found = outcomes(_HERE / "fsdp_cases.py", "hybrid", processes=4)
     assert list(found) == ["hybrid"]
     _check(found["hybrid"])
+
+
+def test_four_processes_with_fully_shard_and_tensor_parallelism():
+    found = outcomes(_HERE / "tensor_parallel_cases.py", processes=4)
+    assert set(found) == set(tensor_parallel_cases.FOUR)
+    for outcome in found.values():
+        _check(outcome)
 
 
 @pytest.mark.parametrize("processes", [1, 4])
