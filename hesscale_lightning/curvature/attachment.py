@@ -25,8 +25,8 @@ from torch.autograd import Variable
 from hesscale_lightning.curvature.capturing import address_of
 from hesscale_lightning.curvature.gradient_hooks import Watch, ours, suspected
 from hesscale_lightning.curvature.graph import Node
+from hesscale_lightning.curvature.held_groups import Held
 from hesscale_lightning.curvature.precision import HALF
-from hesscale_lightning.curvature.sharding import Held
 from hesscale_lightning.curvature.tensor_parallel import is_distributed, laid_out_like
 
 will_execute = torch._C._will_engine_execute_node

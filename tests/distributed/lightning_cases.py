@@ -66,11 +66,8 @@ class Sharded(pl.LightningModule):
 
 def fit(module: Any, callback: Any, *others: Any, distributed: bool = True, path: Any = None, **options: Any) -> Any:
     recorder = Recorder()
-    sizes = (
-        (1, dist.get_world_size())
-        if getattr(module, "shard", None) is by_columns_and_rows
-        else (dist.get_world_size(), 1)
-    )
+    world, tensor = dist.get_world_size(), getattr(module, "shard", None) is by_columns_and_rows
+    sizes = (1, world) if tensor else (world, 1)
     trainer = make_trainer(
         callback,
         recorder,
