@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesscale_lightning.optim.sharded import total
+from hesscale_lightning.optim.sharded import whole
 
 
 def trust_region_scale(delta: float, curvature_along: float | Tensor, longest: float = 1.0) -> float | Tensor:
@@ -47,26 +47,14 @@ def predicted_decrease(
     if not steps or any(grad is None for grad in grads):
         return None
     terms = [(g.to(step.dtype) * step).sum() for g, step in zip(grads, steps, strict=True) if g is not None]
-    decrease: Tensor = -(_whole(terms, places) / clipping + curvature_along / 2)
+    decrease: Tensor = -(whole(terms, places) / clipping + curvature_along / 2)
     return decrease
-
-
-def _whole(terms: Sequence[Tensor], places: Sequence[Any] | None) -> Tensor:
-    """The sum of scalar tensors, each over all processes, by one reduction for each place."""
-    sums: dict[Any, Tensor] = {}
-    for term, where in zip(terms, places or [None] * len(terms), strict=True):
-        sums[where] = term if where not in sums else sums[where] + term.to(sums[where].device)
-    whole: Any = None
-    for where, part in sums.items():
-        summed: Any = total(part, where)
-        whole = summed if whole is None else whole + summed.to(whole.device)
-    return whole  # type: ignore[no-any-return]
 
 
 def mean_abs(steps: Sequence[Tensor], places: Sequence[Any] | None = None) -> Tensor:
     """Mean absolute value over all entries of several tensors, which ``places`` says are split between processes."""
     entries = [torch.tensor(float(step.numel()), device=step.device) for step in steps]
-    return _whole([step.abs().sum() for step in steps], places) / _whole(entries, places)
+    return whole([step.abs().sum() for step in steps], places) / whole(entries, places)
 
 
 def flatten_statistics(per_group: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
