@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hesscale_lightning import _earlier_paths
+from hesscale_lightning import _torch_names as _torch_names  # first: it says which names a changed torch lacks
 from hesscale_lightning._version import __version__
 from hesscale_lightning.compiled_step import CaptureError, compile_step
 from hesscale_lightning.curvature import (
