@@ -42,7 +42,7 @@ NAMES = (
     "torch._ops.OpOverload",
     "torch._subclasses.FakeTensor",
     "torch._subclasses.FakeTensorMode",
-    "torch.compiler._compile_session_context",
+    "torch.compiler._is_compiling_flag",
     "torch.distributions.Distribution._validate_args",
     "torch.utils._pytree.tree_flatten",
     "torch.utils._pytree.tree_map_only",
