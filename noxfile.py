@@ -85,6 +85,7 @@ def installed(session: nox.Session) -> None:
     if len(wheels) != 1:
         session.error(f"dist/ holds {len(wheels)} wheels where one was expected: run nox -s dist first")
     session.install("--constraint", constraints(session, PINNED), f"{wheels[0]}[sb3,examples]", "mypy")
+    session.install("--force-reinstall", "--no-deps", str(wheels[0]))  # with nox -r, a wheel of the same version
     session.env["OMP_NUM_THREADS"] = "1"
     elsewhere = Path(session.create_tmp()) / "elsewhere"
     shutil.rmtree(elsewhere, ignore_errors=True)
