@@ -62,8 +62,8 @@ class SkipNonfinite:
                 name = type(optimizer).__name__
                 raise ValueError(
                     f"Found a closure in {name}.step(), whose gradients come after the check; expected gradients that "
-                    "are there. Call backward() before step(), or with Lightning add SkipNonfiniteSteps() to the Trainer's "
-                    "callbacks"
+                    "are there. Call backward() before step(), or with Lightning add SkipNonfiniteSteps() to the "
+                    "Trainer's callbacks"
                 )
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             if is_finite(parameters):
