@@ -1,0 +1,101 @@
+"""How the documentation site is built: Sphinx over the Markdown of this folder (``make docs``).
+
+The pages are written to be read as plain Markdown too, so their links are relative paths in the repository. Two things
+need help here: ``readme.md`` and ``changelog.md`` show the files at the repository's root, and links to files outside
+of this folder lead to copies of them.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+
+from hesscale_lightning import __version__  # noqa: E402
+
+project = "hesscale_lightning"
+author = copyright = "the hesscale_lightning authors"
+version = release = __version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+]
+exclude_patterns = ["_build"]
+default_role = "literal"
+
+myst_heading_anchors = 4  # headings are link targets, by the names that the usual hosts of Markdown give them
+
+autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_inherit_docstrings = False
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the text of a docstring says what its arguments are
+autosummary_generate = False  # the pages of api/ name what they show
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+
+html_theme = "furo"
+html_title = f"hesscale_lightning {__version__}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sphinx = False
+pygments_style = "friendly"
+pygments_dark_style = "monokai"
+
+AT_THE_ROOT = {"readme": "README.md", "changelog": "CHANGELOG.md"}  # page: the file that it shows
+# [text](target#anchor) with a target in the repository
+_LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?!https?:|mailto:|#)(?P<target>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
+
+
+def links_of_site(source: str, folder: Path, page: str) -> str:
+    """The Markdown of a page with its links changed from the repository's files to the site's.
+
+    Args:
+        source: Markdown, with links relative to ``folder``.
+        folder: the folder that its links are relative to.
+        page: name of the page in the site, relative to this folder.
+
+    Raises:
+        FileNotFoundError: a link leads to nothing.
+    """
+    shown_at_root = {ROOT / name: f"{shown}.md" for shown, name in AT_THE_ROOT.items()}
+    up = "../" * page.count("/")
+
+    def moved(link: re.Match[str]) -> str:
+        target = (folder / link["target"]).resolve()
+        if not target.exists():
+            raise FileNotFoundError(f"docs/{page}: found a link to {link['target']}, expected a file of the repository")
+        if target.is_dir() and not (target / "index.md").exists():  # a site has no folders: name it
+            return f"{link['text']} (`{target.relative_to(ROOT)}/`)"
+        if target in shown_at_root:
+            place = shown_at_root[target]
+        elif target.is_relative_to(HERE):
+            place = target.relative_to(HERE).as_posix()
+        else:  # offered as a copy of the file
+            place = f"../{target.relative_to(ROOT).as_posix()}"
+        return f"[{link['text']}]({up}{place}{link['anchor'] or ''})"
+
+    return _LINK.sub(moved, source)
+
+
+def _read(app: Sphinx, page: str, source: list[str]) -> None:
+    folder = (HERE / page).parent
+    if page in AT_THE_ROOT:
+        shown = ROOT / AT_THE_ROOT[page]
+        source[0], folder = shown.read_text(), ROOT
+        app.env.note_dependency(str(shown))
+    source[0] = links_of_site(source[0], folder, page)
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.connect("source-read", _read)
