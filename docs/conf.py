@@ -52,8 +52,12 @@ pygments_style = "friendly"
 pygments_dark_style = "monokai"
 
 AT_THE_ROOT = {"readme": "README.md", "changelog": "CHANGELOG.md"}  # page: the file that it shows
-# [text](target#anchor) with a target in the repository
-_LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?!https?:|mailto:|#)(?P<target>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
+# Code, in which nothing is a link; or [text](target#anchor) with a target in the repository.
+_CODE_OR_LINK = re.compile(
+    r"^```.*?^```|`[^`\n]*`"
+    r"|\[(?P<text>[^\]]*)\]\((?!https?:|mailto:|#)(?P<target>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)",
+    re.MULTILINE | re.DOTALL,
+)
 
 
 def links_of_site(source: str, folder: Path, page: str) -> str:
@@ -71,6 +75,8 @@ def links_of_site(source: str, folder: Path, page: str) -> str:
     up = "../" * page.count("/")
 
     def moved(link: re.Match[str]) -> str:
+        if link["target"] is None:  # code
+            return link[0]
         target = (folder / link["target"]).resolve()
         if not target.exists():
             raise FileNotFoundError(f"docs/{page}: found a link to {link['target']}, expected a file of the repository")
@@ -84,7 +90,7 @@ def links_of_site(source: str, folder: Path, page: str) -> str:
             place = f"../{target.relative_to(ROOT).as_posix()}"
         return f"[{link['text']}]({up}{place}{link['anchor'] or ''})"
 
-    return _LINK.sub(moved, source)
+    return _CODE_OR_LINK.sub(moved, source)
 
 
 def _read(app: Sphinx, page: str, source: list[str]) -> None:

@@ -80,6 +80,8 @@ def test_a_site_without_pages_is_an_error(tmp_path):
             "![picture](demo.png) [changes](changelog.md)",
         ),
         ("docs/api", "api/trainer", "[page](../lightning.md)", "[page](../lightning.md)"),
+        ("docs", "cost", "```python\nmodel[:2](x)\n```", "```python\nmodel[:2](x)\n```"),
+        ("docs", "cost", "`a[0](b)`", "`a[0](b)`"),
         ("docs", "cost", "[site](https://example.org/a.md)", "[site](https://example.org/a.md)"),
     ],
 )

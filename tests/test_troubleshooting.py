@@ -170,8 +170,10 @@ def hook() -> None:
 
 @provokes("the tensor given to attach() no longer exists")
 def another_tensor() -> None:
-    loss = loss_of(network())
-    attach(loss / 2)
+    part = loss_of(network())
+    attach(part)
+    loss = 2 * part
+    del part
     loss.backward()
 
 
