@@ -2,20 +2,28 @@
 
 The pages are written to be read as plain Markdown too, so their links are relative paths in the repository. Two things
 need help here: ``readme.md`` and ``changelog.md`` show the files at the repository's root, and links to files outside
-of this folder lead to copies of them.
+of this folder lead to copies of them. Formulas become MathML when the site is built, so that
+pages load nothing from elsewhere. Nothing here is needed to read the pages as they are.
 """
 
 import re
 import sys
 from pathlib import Path
 
+from docutils import nodes
+from docutils.utils.math import MathError
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
+from sphinx.util import logging
+from sphinx.writers.html5 import HTML5Translator
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
 from hesscale_lightning import __version__  # noqa: E402
+
+logger = logging.getLogger(__name__)
 
 project = "hesscale_lightning"
 author = copyright = "the hesscale_lightning authors"
@@ -25,7 +33,6 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
 ]
 exclude_patterns = ["_build"]
@@ -39,10 +46,11 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the text of a docstring says what its arguments are
 autosummary_generate = False  # the pages of api/ name what they show
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True
+napoleon_custom_sections = [("Attributes", "params_style")]
 napoleon_use_rtype = False
 
 html_theme = "furo"
+html_math_renderer = "mathml"
 html_title = f"hesscale_lightning {__version__}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
@@ -102,6 +110,20 @@ def _read(app: Sphinx, page: str, source: list[str]) -> None:
     source[0] = links_of_site(source[0], folder, page)
 
 
+def _formula(self: HTML5Translator, node: nodes.Element) -> None:
+    """Writes a formula as MathML; several lines are aligned at their ampersands."""
+    lines = re.sub(r"(?<=\\text)\{[^}]*\}", lambda words: words[0].replace(r"\_", "_"), node.astext())
+    block = isinstance(node, nodes.math_block)
+    if block and "&" in lines:
+        lines = rf"\begin{{aligned}}{lines}\end{{aligned}}"
+    try:
+        self.body.append(tex2mathml(lines, as_block=block))
+    except MathError as error:
+        logger.warning("formula %r: %s", lines, error, location=node)
+    raise nodes.SkipNode
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    app.add_html_math_renderer("mathml", (_formula, None), (_formula, None))
     app.connect("source-read", _read)
