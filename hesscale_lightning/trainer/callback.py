@@ -47,7 +47,7 @@ class HesScaleCallback(Callback):
                                      ``scale/0``, ``scale/1`` with several param groups
     ``curvature/share/LAYER``        with ``per_layer``: the layer's share in the sum of all absolute entries
     ``curvature/mean_abs/LAYER``     with ``per_layer``: the layer's mean absolute entry
-    ``curvature/histogram``          with ``histogram``: counts of log10 |h|, to TensorBoard
+    ``curvature/histogram``          with ``histogram``: counts of ``log10(abs(h))``, to TensorBoard
     ``curvature/actual_decrease``    with ``measure_decrease``: fall of the batch's loss, evaluated again after the step
     ``curvature/gain_ratio``         with ``measure_decrease``: actual over predicted decrease
     ``curvature/audit/relative_l1``  with ``audit``: sum of absolute errors over sum of absolute true entries
