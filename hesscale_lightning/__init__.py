@@ -40,6 +40,11 @@ if TYPE_CHECKING:
     from hesscale_lightning.trainer.callback import HesScaleCallback
     from hesscale_lightning.trainer.compiled_training import CompiledStepMixin
     from hesscale_lightning.trainer.nonfinite_steps import SkipNonfiniteSteps
+    from hesscale_lightning.uses.data_diagonal import hess_diag_over
+    from hesscale_lightning.uses.hess_diag_state import HessDiagState
+    from hesscale_lightning.uses.pruning import HesScalePruning
+    from hesscale_lightning.uses.quantization import quantization_cost, quantized
+    from hesscale_lightning.uses.sparsity_schedule import SparsitySchedule
 
 # name -> module that defines it; imported on first access, because these modules import lightning or torchmetrics
 _LAZY = {
@@ -60,6 +65,12 @@ _LAZY = {
     "EffectiveLearningRate": "hesscale_lightning.metrics",
     "LossDecrease": "hesscale_lightning.metrics",
     "StepSizeScale": "hesscale_lightning.metrics",
+    "HesScalePruning": "hesscale_lightning.uses.pruning",
+    "SparsitySchedule": "hesscale_lightning.uses.sparsity_schedule",
+    "HessDiagState": "hesscale_lightning.uses.hess_diag_state",
+    "quantization_cost": "hesscale_lightning.uses.quantization",
+    "quantized": "hesscale_lightning.uses.quantization",
+    "hess_diag_over": "hesscale_lightning.uses.data_diagonal",
 }
 
 __all__ = [
@@ -79,10 +90,13 @@ __all__ = [
     "EffectiveLearningRate",
     "HesScaleCallback",
     "HesScaleModule",
+    "HesScalePruning",
+    "HessDiagState",
     "LossDecrease",
     "MNIST1DDataModule",
     "SkipNonfinite",
     "SkipNonfiniteSteps",
+    "SparsitySchedule",
     "StepSizeScale",
     "StepSizeScaling",
     "UnsupportedOperationError",
@@ -92,6 +106,9 @@ __all__ = [
     "compile_step",
     "coverage",
     "exact_hess_diag",
+    "hess_diag_over",
+    "quantization_cost",
+    "quantized",
     "register_rule",
     "with_curvature",
 ]

@@ -25,6 +25,10 @@ ALLOWED = {
         {"trainer", "compiled_step", "curvature", "metrics", "optim"},
         {"torch", "torchmetrics", "lightning"},
     ),
+    "uses": (
+        {"uses", "trainer", "curvature", "metrics"},
+        {"torch", "torchmetrics", "lightning", "matplotlib", "tqdm", "laplace"},
+    ),
 }
 STANDARD = set(sys.stdlib_module_names)
 
@@ -74,14 +78,16 @@ def test_a_room_imports_only_what_lies_below_it(room):
         ("compiled_step", "def f():\n    import lightning.pytorch as pl"),
         ("metrics", "from hesscale_lightning.trainer.step_log import StepLog"),
         ("trainer", "from hesscale_lightning.command_line import report"),
+        ("trainer", "from hesscale_lightning.uses.data_diagonal import hess_diag_over"),
+        ("uses", "from hesscale_lightning.command_line import report"),
     ],
 )
 def test_an_import_that_points_the_wrong_way_is_noticed(room, source):
     assert forbidden(source, room)
 
 
-def test_no_file_and_no_class_of_the_trainers_room_is_over_300_lines():
-    for path in (PACKAGE / "trainer").glob("*.py"):
+def test_no_file_of_the_rooms_trainer_and_uses_is_over_300_lines():
+    for path in [path for room in ("trainer", "uses") for path in (PACKAGE / room).glob("*.py")]:
         assert len(path.read_text().splitlines()) <= 300, path.name
 
 
