@@ -496,6 +496,13 @@ def test_the_state_is_kept_apart_from_that_of_another_method():
     assert HesScaleCallback().state_key != HesScaleCallback(method="bl89").state_key
 
 
+@pytest.mark.parametrize("methods", [("hesscale", "hesscale"), ("hesscale", "bl89")])
+def test_two_callbacks_in_one_trainer_are_refused_in_plain_words(methods):
+    trainer = make_trainer(*map(HesScaleCallback, methods))  # Lightning's own check is about two states of one name
+    with pytest.raises(MisconfigurationException, match="Found 2 HesScaleCallbacks, expected one: each would add"):
+        trainer.fit(Classifier(make_net()), make_loader(make_batches(2)))
+
+
 def test_one_trainer_can_fit_twice():
     logger = ListLogger()
     trainer = make_trainer(HesScaleCallback(log_every_n_steps=2), logger=logger, max_epochs=1)

@@ -123,12 +123,16 @@ def test_a_report_prints_coverage_and_layers_and_draws_a_picture(hesscale, capsy
     folder = hesscale("fit", MLP, *SHORT)
     (checkpoint,) = folder.glob("outputs/digits_mlp/version_0/checkpoints/last.ckpt")
     capsys.readouterr()
-    hesscale("report", MLP, "--ckpt", str(checkpoint), "--picture", "picture.png", "--batches", "3")
+    hesscale(
+        "report", MLP, "--ckpt", str(checkpoint), "--picture", "picture.png", "--batches", "3", "--quantize", "8,4"
+    )
     printed = capsys.readouterr().out
     assert "LogSoftmaxBackward0" in printed
     assert "0 unsupported" in printed
     rows = {line.split()[0]: line.split() for line in printed.splitlines() if line.startswith(("net.", "all "))}
     assert list(rows) == ["net.0", "net.2", "net.4", "all"]
+    assert all(len(row) == 3 for row in rows.values())  # the last table: a name, 8 bits, 4 bits
+    rows = {line.split()[0]: line.split() for line in printed.split("What quantizing")[0].splitlines() if line}
     assert rows["net.0"][1] == "4,160"
     shares = [float(rows[name][2]) for name in ("net.0", "net.2", "net.4")]
     assert sum(shares) == pytest.approx(100, abs=0.2)

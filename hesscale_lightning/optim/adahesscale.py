@@ -14,7 +14,13 @@ from hesscale_lightning.optim.curvature_average import Denominator, refresh_aver
 from hesscale_lightning.optim.diagonals import clear_diagonals, missing_diagonal_error, peek_diagonal
 from hesscale_lightning.optim.gradient_rescaling import GradientRescaling, GroupScale
 from hesscale_lightning.optim.hyperparameters import check_options, learning_rate, use_foreach
-from hesscale_lightning.optim.normalized_update import Batch, UpdateRule, mean_curvature, normalized_update
+from hesscale_lightning.optim.normalized_update import (
+    Batch,
+    UpdateRule,
+    average_norm_square,
+    mean_curvature,
+    normalized_update,
+)
 from hesscale_lightning.optim.parameter_state import new_state, restored
 from hesscale_lightning.optim.radius import CalibratedRadius, Made, Regions, calibration, host_rate
 from hesscale_lightning.optim.sharded import (
@@ -28,7 +34,7 @@ from hesscale_lightning.optim.sharded import (
     total,
 )
 from hesscale_lightning.optim.step_record import StepRecord, describe
-from hesscale_lightning.optim.tensor_lists import add_one, beside, multiply, never_compiled, subtract
+from hesscale_lightning.optim.tensor_lists import add_one, beside, multiply, never_compiled, norm_square, subtract
 from hesscale_lightning.optim.trust_region import flatten_statistics, trust_region_scale
 
 
@@ -376,17 +382,24 @@ class AdaHesScale(Optimizer):
         updates = [normalized_update(batch, rule, foreach=foreach, buffers=self._buffers) for batch in batches]
         scale: float | Tensor = 1.0
         along: float | Tensor = 0.0
+        signal: float | Tensor = 1.0
         if delta is not None and updates:
             parts = [total(u.curvature_along, b.where) for u, b in zip(updates, batches, strict=True)]
             along = parts[0]
             for part in parts[1:]:
                 along = along + beside(part, along)
-            scale = trust_region_scale(delta, along if measured else along * lr * lr)
+            if self._regions.compares_noise(index):
+                average, square = average_norm_square(batches, rule), norm_square([grad for _, grad, _ in found])
+                signal = self._regions.signal(index, group, average, square, clipping)
+                scale = trust_region_scale(delta, along, longest=math.inf) * signal
+            else:
+                scale = trust_region_scale(delta, along if measured else along * lr * lr)
         for batch, update in zip(batches, updates, strict=True):
             if group["weight_decay"] != 0 and not measured:
                 multiply(batch.params, 1 - lr * group["weight_decay"], foreach=foreach)
             subtract(batch.params, update.directions, lr * scale * update.gain, foreach=foreach)
-        return StepRecord(batches, rule, lr * scale, scale, along, grad_scale.clipping, foreach, group["maximize"])
+        size, maximize = lr * scale, group["maximize"]
+        return StepRecord(batches, rule, size, scale, along, grad_scale.clipping, foreach, maximize, signal)
 
     def _rate(self, index: int) -> float | Tensor:
         radius = self._regions.radii[index]
@@ -401,7 +414,7 @@ class AdaHesScale(Optimizer):
 
         def made(index: int) -> Made:
             record = latest[index]
-            return Made(record.along * record.size * record.size / 2, record.scale)
+            return Made(record.along * record.size * record.size / 2, record.scale, record.signal)
 
         for index, factor in self._regions.observe(self.param_groups, made, rates).items():
             record = latest[index]

@@ -59,7 +59,7 @@ class StepSizeScaling(Optimizer):
 
     .. math::
 
-        \theta \leftarrow \theta + u \min\left(1, \sqrt{2\delta / \textstyle\sum_i D_i u_i^2}\right)
+        \theta \leftarrow \theta + u \min\left(1, \sqrt{2\delta / \sum_i D_i u_i^2}\right)
 
     so that the second-order term of no group's step exceeds ``delta``, in units of the loss. Groups have their own
     regions: put networks whose curvature differs, such as an actor and a critic, into groups of their own. A step

@@ -10,21 +10,22 @@ from torch import Tensor
 from hesscale_lightning.optim.sharded import whole
 
 
-def trust_region_scale(delta: float, curvature_along: float | Tensor) -> float | Tensor:
-    """The factor ``min(1, sqrt(2 delta / sum(D u^2)))`` that keeps ``sum(D u^2) / 2 <= delta``.
+def trust_region_scale(delta: float, curvature_along: float | Tensor, longest: float = 1.0) -> float | Tensor:
+    """The factor ``min(longest, sqrt(2 delta / sum(D u^2)))`` that keeps ``sum(D u^2) / 2 <= delta``.
 
     Args:
         delta: radius, in units of the loss.
         curvature_along: ``sum(D u^2)`` of the step u that is about to be made.
+        longest: bound of the factor.
 
     Returns:
         A float if ``curvature_along`` is one, else a scalar tensor. It is 1 where there is no curvature, and where the
         sum is not a number, which would otherwise spread from one entry to all.
     """
     if isinstance(curvature_along, Tensor):
-        scale = (2 * delta / curvature_along).sqrt().clamp(max=1.0)
+        scale = (2 * delta / curvature_along).sqrt().clamp(max=longest)
         return scale.where(curvature_along > 0, 1.0)
-    return min(1.0, math.sqrt(2 * delta / curvature_along)) if curvature_along > 0 else 1.0
+    return min(longest, math.sqrt(2 * delta / curvature_along)) if curvature_along > 0 else 1.0
 
 
 def predicted_decrease(

@@ -47,7 +47,7 @@ class HesScaleCallback(Callback):
                                      ``scale/0``, ``scale/1`` with several param groups
     ``curvature/share/LAYER``        with ``per_layer``: the layer's share in the sum of all absolute entries
     ``curvature/mean_abs/LAYER``     with ``per_layer``: the layer's mean absolute entry
-    ``curvature/histogram``          with ``histogram``: counts of log10 |h|, to TensorBoard
+    ``curvature/histogram``          with ``histogram``: counts of ``log10(abs(h))``, to TensorBoard
     ``curvature/actual_decrease``    with ``measure_decrease``: fall of the batch's loss, evaluated again after the step
     ``curvature/gain_ratio``         with ``measure_decrease``: actual over predicted decrease
     ``curvature/audit/relative_l1``  with ``audit``: sum of absolute errors over sum of absolute true entries
@@ -268,13 +268,13 @@ class HesScaleCallback(Callback):
         """The callback's name in a checkpoint."""
         return self._generate_state_key(method=self.method)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to log on the same steps."""
-        return self._schedule.state_dict()
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
+        """Saves what a resumed run needs; Lightning would refuse two callbacks with a state_dict in its own words."""
+        checkpoint["callbacks"][self.state_key] = self._schedule.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned."""
-        self._schedule.load_state_dict(state_dict)
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
+        """Restores it."""
+        self._schedule.load_state_dict(checkpoint["callbacks"].get(self.state_key, {}))
 
     # -- how it is done
 

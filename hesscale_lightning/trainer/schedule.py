@@ -77,8 +77,8 @@ class Schedule:
         return {"last_refresh": self.last_refresh, "last_audit": self.last_audit}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned."""
-        self.last_refresh = state_dict["last_refresh"]
+        """Restores what :meth:`state_dict` returned; nothing from an empty one."""
+        self.last_refresh = state_dict.get("last_refresh", self.last_refresh)
         self.last_audit = state_dict.get("last_audit", self.last_refresh)
 
 
