@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 
 from hesscale_lightning.curvature.capturing import address_of
 from hesscale_lightning.curvature.gradient_hooks import Watch, ours, suspected
@@ -27,15 +28,12 @@ from hesscale_lightning.curvature.graph import Node
 from hesscale_lightning.curvature.held_groups import Held
 from hesscale_lightning.curvature.precision import HALF
 from hesscale_lightning.curvature.tensor_parallel import is_distributed, laid_out_like
-from hesscale_lightning.curvature.torch_names import (
-    current_group,
-    current_task,
-    keeps_graph,
-    queue_callback,
-    set_group,
-    will_execute,
-)
 
+will_execute = torch._C._will_engine_execute_node
+
+
+_current_group, _set_group = torch._C._get_graph_exec_group, torch._C._set_graph_exec_group
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 _latest: list[Any] = [None, None]  # autograd's number of the pass that began last, and a reference to its attachment
 
 
@@ -122,7 +120,7 @@ class Attachment:
         if len(leaves) < len(self._leaves):
             self._leaves = leaves
             self._only_some(grads)
-        task = current_task()
+        task = torch._C._current_graph_task_id()
         other = _latest[1]() if _latest[0] == task else None
         if other is not None and other is not self and other.active:
             self.remove()
@@ -138,7 +136,7 @@ class Attachment:
             self.held.begin()
             self._fresh = {cell for cell, node in leaves if self.held.fresh(node.variable)}
         self._started = True
-        queue_callback(partial(_finish, ref))
+        Variable._execution_engine.queue_callback(partial(_finish, ref))
 
     #: What keeps autograd out; where a checkpointed block may be run again, it must be possible to let it in.
     _without_autograd: Any = torch.no_grad
@@ -222,13 +220,13 @@ def _laid_out_like(tensor: Tensor, h: Tensor | None) -> Tensor:
 
 def together(group: Any, work: Callable[..., Any], *args: Any) -> Any:
     """Runs ``work`` so that a checkpointed block recomputes itself once for all that is asked of it in one group."""
-    if current_group() is not None:
+    if _current_group() is not None:
         return work(*args)
-    set_group(group)
+    _set_group(group)
     try:
         return work(*args)
     finally:
-        set_group(None)
+        _set_group(None)
 
 
 def on_gate(ref: weakref.ref[Any], grads: tuple[Tensor | None, ...]) -> None:
@@ -259,7 +257,7 @@ def _finish(ref: weakref.ref[Attachment]) -> None:
     except BaseException:
         attachment.remove()
         raise
-    if keeps_graph():
+    if _keeps_graph():
         attachment.remove()
     else:  # the nodes have run for the last time, and their hooks go with them
         attachment._spend()

@@ -15,7 +15,6 @@ from hesscale_lightning.curvature.graph import Node
 from hesscale_lightning.curvature.interpreted import InterpretedPass
 from hesscale_lightning.curvature.program import Program
 from hesscale_lightning.curvature.structure import Structure
-from hesscale_lightning.curvature.torch_names import BelowAutograd
 
 _AWAITED: Any = object()  # stands for a gradient that backward has not delivered yet
 
@@ -56,7 +55,8 @@ class CompiledPass(Attachment):
         self._instead: Any = instead
         self._substitute: InterpretedPass | None = None
 
-    _without_autograd = BelowAutograd
+    # Below autograd nothing is recorded, as under no_grad, and every operation takes one dispatch less.
+    _without_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", torch.no_grad)
 
     def arm(self) -> None:
         """Puts the hooks on the graph."""

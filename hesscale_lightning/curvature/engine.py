@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointError
+from torch.utils.checkpoint import CheckpointError, GraphExecGroup
 
 from hesscale_lightning.curvature.attachment import Attachment, together
 from hesscale_lightning.curvature.compiled import CompiledPass
@@ -34,7 +34,6 @@ from hesscale_lightning.curvature.registry import find_rule
 from hesscale_lightning.curvature.sharding import hold, sharded_modules
 from hesscale_lightning.curvature.structure import MOST_NODES, Met, Structure, StructureCache, fingerprint, slots_of
 from hesscale_lightning.curvature.tensor_parallel import is_split, refuse_distributed_loss
-from hesscale_lightning.curvature.torch_names import GraphExecGroup
 
 Method = Literal["hesscale", "hesscale_gn", "bl89", "hesscale_rank1"]
 METHODS: tuple[str, ...] = get_args(Method)

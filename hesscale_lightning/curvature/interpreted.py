@@ -12,15 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils.checkpoint import GraphExecGroup
 
-from hesscale_lightning.curvature.attachment import Attachment, on_gate, together
+from hesscale_lightning.curvature.attachment import Attachment, on_gate, together, will_execute
 from hesscale_lightning.curvature.graph import Node
 from hesscale_lightning.curvature.plan import Plan, Step
 from hesscale_lightning.curvature.precision import HALF
 from hesscale_lightning.curvature.program import Program
 from hesscale_lightning.curvature.recorded_operation import Recording
-from hesscale_lightning.curvature.torch_names import EnableTorchFunction, GraphExecGroup, will_execute
 from hesscale_lightning.curvature.values import ZERO, Symbol, Value
 
 
@@ -111,7 +112,7 @@ class InterpretedPass(Attachment):
             if self._recording is None:
                 results = step.carry(step.operations, g, h)
             else:
-                with EnableTorchFunction():  # by which functions of torch reach a symbol's recorder
+                with torch._C._EnableTorchFunction():  # by which functions of torch reach a symbol's recorder
                     results = step.carry(step.operations, g, h)
         except Exception as error:
             error.add_note(f"while carrying curvature through {step.rule.name}")

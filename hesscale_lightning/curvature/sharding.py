@@ -6,7 +6,7 @@ curvature reads whole parameters as late as at the end of backward, and FSDP2 fr
 diagonal is averaged over the processes as gradients are, ``h = mean_r h_r``, and each process keeps its shard
 (:mod:`.held_groups`).
 
-What is read of FSDP2 that is not public is listed in :mod:`.torch_names`.
+What is read of FSDP2 that is not public is listed in :mod:`.sharding_names`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from hesscale_lightning.curvature.graph import AccumulateGrad, Node, trace
 from hesscale_lightning.curvature.held_groups import Held, missing_members
+from hesscale_lightning.curvature.sharding_names import check_group, groups_of, no_states, sharded_module_states
 from hesscale_lightning.curvature.tensor_parallel import is_distributed
-from hesscale_lightning.curvature.torch_names import check_group, groups_of, no_states, sharded_module_states
 
 
 class _Unknown(dict[Any, Any]):
