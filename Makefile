@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-rl examples paper test test-cuda format lint type check bench matrix dist clean
+.PHONY: help install demo demo-rl examples paper test test-cuda format lint type check docs bench matrix dist clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -52,6 +52,12 @@ lint: $(STAMP)  ## check style and format
 
 type: $(STAMP)  ## check types
 	$(BIN)/mypy
+
+docs: $(STAMP)  ## run every example of the pages and docstrings, build the site into build/docs, look up its links
+	$(BIN)/python -m pytest -q tests/test_docs.py tests/test_readme.py hesscale_lightning sb3_integration $(PYTEST_ARGS)
+	$(BIN)/sphinx-build -b html -W --keep-going -q -E docs build/docs
+	$(BIN)/python docs/check_links.py build/docs
+	@echo "site: build/docs/index.html"
 
 check: lint type test  ## what CI checks: lint, types, tests
 

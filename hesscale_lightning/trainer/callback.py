@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -23,9 +22,8 @@ from hesscale_lightning.trainer.optimizer_step import add_trust_regions, complet
 from hesscale_lightning.trainer.parameters import clear_diagonals, parameters_of
 from hesscale_lightning.trainer.reevaluation import Reevaluation
 from hesscale_lightning.trainer.schedule import Schedule
-from hesscale_lightning.trainer.settings import check_arguments, check_trainer
-from hesscale_lightning.trainer.step_log import can_log_histograms
-from hesscale_lightning.trainer.step_logger import StepLogger, add_decrease
+from hesscale_lightning.trainer.settings import check_arguments, check_split, check_split_options, check_trainer
+from hesscale_lightning.trainer.step_logger import StepLogger, add_decrease, warn_without_histograms
 
 
 class HesScaleCallback(Callback):
@@ -49,7 +47,7 @@ class HesScaleCallback(Callback):
                                      ``scale/0``, ``scale/1`` with several param groups
     ``curvature/share/LAYER``        with ``per_layer``: the layer's share in the sum of all absolute entries
     ``curvature/mean_abs/LAYER``     with ``per_layer``: the layer's mean absolute entry
-    ``curvature/histogram``          with ``histogram``: counts of log10 |h|, to TensorBoard
+    ``curvature/histogram``          with ``histogram``: counts of ``log10(abs(h))``, to TensorBoard
     ``curvature/actual_decrease``    with ``measure_decrease``: fall of the batch's loss, evaluated again after the step
     ``curvature/gain_ratio``         with ``measure_decrease``: actual over predicted decrease
     ``curvature/audit/relative_l1``  with ``audit``: sum of absolute errors over sum of absolute true entries
@@ -58,8 +56,9 @@ class HesScaleCallback(Callback):
     ================================ ==================================================================================
 
     The diagonal is that of the loss which the optimizer minimises: of the mean over the micro-batches when gradients
-    are accumulated, of the mean over all processes under DDP, without the loss scale under ``16-mixed``. Gradient
-    clipping does not change it. With several optimizers, the keys are ``curvature/optimizer_0/trace`` and so on.
+    are accumulated, of the mean over all processes under DDP and ModelParallelStrategy, without the loss scale under
+    ``16-mixed``. Gradient clipping does not change it. With several optimizers, the keys are
+    ``curvature/optimizer_0/trace`` and so on.
 
     Code compiled by ``torch.compile`` runs eagerly on the steps that compute a diagonal, so with a compiled network
     choose ``every_n_steps`` above 1. Parts that are compiled outside of the module cannot be found, and raise.
@@ -169,18 +168,18 @@ class HesScaleCallback(Callback):
         if stage != "fit":
             return
         check_trainer(trainer, pl_module, HesScaleCallback, self._reevaluation is not None)
+        check_split_options(trainer, self.method, self.on_unsupported, self._audit is not None)
         self._schedule.start(trainer, pl_module)
         self._backward.skipped = {}
         self._compiled = has_compiled_code(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Puts the trust region around the optimizers, before their state is restored from a checkpoint."""
+        check_split(trainer, pl_module)  # parameters are not split before
         if self.delta is not None:
             add_trust_regions(trainer, self.delta)
-        if self.histogram and trainer.is_global_zero and not can_log_histograms(trainer.loggers):
-            rank_zero_warn(
-                "HesScaleCallback found histogram=True and no logger that has histograms. Add a TensorBoardLogger."
-            )
+        if self.histogram:
+            warn_without_histograms(trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
