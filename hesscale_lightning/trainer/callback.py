@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -19,12 +18,13 @@ from hesscale_lightning.curvature.engine import Method
 from hesscale_lightning.trainer.audit import Audit, Reference
 from hesscale_lightning.trainer.backward_pass import BackwardPass
 from hesscale_lightning.trainer.eager import EagerSteps, has_compiled_code
+from hesscale_lightning.trainer.histograms import warn_without_histograms
 from hesscale_lightning.trainer.optimizer_step import add_trust_regions, complete_diagonals
 from hesscale_lightning.trainer.parameters import clear_diagonals, parameters_of
 from hesscale_lightning.trainer.reevaluation import Reevaluation
 from hesscale_lightning.trainer.schedule import Schedule
+from hesscale_lightning.trainer.searches import Searches
 from hesscale_lightning.trainer.settings import check_arguments, check_trainer
-from hesscale_lightning.trainer.step_log import can_log_histograms
 from hesscale_lightning.trainer.step_logger import StepLogger, add_decrease
 
 
@@ -49,7 +49,7 @@ class HesScaleCallback(Callback):
                                      ``scale/0``, ``scale/1`` with several param groups
     ``curvature/share/LAYER``        with ``per_layer``: the layer's share in the sum of all absolute entries
     ``curvature/mean_abs/LAYER``     with ``per_layer``: the layer's mean absolute entry
-    ``curvature/histogram``          with ``histogram``: counts of ``log10(abs(h))``, to TensorBoard
+    ``curvature/histogram``          with ``histogram``: counts of ``log10(abs(h))``
     ``curvature/actual_decrease``    with ``measure_decrease``: fall of the batch's loss, evaluated again after the step
     ``curvature/gain_ratio``         with ``measure_decrease``: actual over predicted decrease
     ``curvature/audit/relative_l1``  with ``audit``: sum of absolute errors over sum of absolute true entries
@@ -73,7 +73,7 @@ class HesScaleCallback(Callback):
         log_every_n_steps: log every n optimizer steps, or at the first refreshed step after that; 0 never logs. The
             default follows the trainer's ``log_every_n_steps``.
         per_layer: also log each layer's share and mean absolute entry.
-        histogram: also log a histogram of the entries' sizes, to loggers that have histograms (TensorBoard).
+        histogram: also log a histogram of the entries' sizes, to TensorBoard, Weights & Biases and MLflow.
         delta: shorten the steps of whatever optimizers the module returns, so that the second-order term of no step
             exceeds this, in units of the loss (StepSizeScaling; 1e-4 is a good start); null leaves them alone. Not for
             AdaHesScale, which has ``delta`` itself, and not for LBFGS.
@@ -141,6 +141,7 @@ class HesScaleCallback(Callback):
         self._schedule = Schedule()
         self._backward = BackwardPass()
         self._logger = StepLogger()
+        self._searches = Searches(self)
 
     def should_refresh(self, step: int) -> bool:
         """Decides whether the diagonal is computed on a step; override it for another schedule.
@@ -169,18 +170,18 @@ class HesScaleCallback(Callback):
         if stage != "fit":
             return
         check_trainer(trainer, pl_module, HesScaleCallback, self._reevaluation is not None)
+        self._searches.prepare(trainer, pl_module)
         self._schedule.start(trainer, pl_module)
         self._backward.skipped = {}
         self._compiled = has_compiled_code(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Puts the trust region around the optimizers, before their state is restored from a checkpoint."""
+        self._searches.finish(trainer)
         if self.delta is not None:
             add_trust_regions(trainer, self.delta)
-        if self.histogram and trainer.is_global_zero and not can_log_histograms(trainer.loggers):
-            rank_zero_warn(
-                "HesScaleCallback found histogram=True and no logger that has histograms. Add a TensorBoardLogger."
-            )
+        if self.histogram and trainer.is_global_zero:
+            warn_without_histograms(trainer.loggers)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -277,8 +278,6 @@ class HesScaleCallback(Callback):
         """Restores what :meth:`state_dict` returned."""
         self._schedule.load_state_dict(state_dict)
 
-    # -- how it is done
-
     @property
     def _attachment(self) -> Any:
         """What is attached now; None between the backward passes."""
@@ -292,6 +291,7 @@ class HesScaleCallback(Callback):
         return self._schedule.log_is_due(trainer, self.log_every_n_steps)
 
     def _release(self, pl_module: pl.LightningModule) -> None:
+        self._searches.release()
         self._backward.detach()
         self._eager.end()
         self._logger.reset()
