@@ -1,6 +1,6 @@
 """The report on a trained model: what curvature meets in its loss, and where its curvature is."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from hesscale_lightning.curvature import CoverageReport, backward, coverage
 from hesscale_lightning.curvature.engine import Method
@@ -93,7 +94,11 @@ class ModelReport:
 
 
 def report(
-    model: pl.LightningModule, loader: Iterable[Any], batches: int = 8, method: Method = "hesscale"
+    model: pl.LightningModule,
+    loader: Iterable[Any],
+    batches: int = 8,
+    method: Method = "hesscale",
+    progress: bool | None = None,
 ) -> ModelReport:
     """Reports on a model's training loss and the curvature of its layers, leaving the model as it was.
 
@@ -105,6 +110,7 @@ def report(
         loader: training batches.
         batches: how many of them to use.
         method: as for :func:`hesscale_lightning.attach`.
+        progress: whether to show a progress bar on standard error; None shows it on a terminal only.
 
     Raises:
         ValueError: if there is no batch, or ``training_step`` returns no loss.
@@ -118,7 +124,10 @@ def report(
     found: CoverageReport | None = None
     used = 0
     with torch.enable_grad(), muted(model), unchanged_buffers(model), torch.random.fork_rng():
-        for index, batch in enumerate(islice(loader, batches)):
+        total = min(batches, len(loader)) if isinstance(loader, Sized) else batches
+        hidden = None if progress is None else not progress  # tqdm's None: hidden unless on a terminal
+        bar = tqdm(islice(loader, batches), "curvature", total, unit="batch", disable=hidden)
+        for index, batch in enumerate(bar):
             if found is None:
                 found = coverage(_loss(model.train(), batch, index), parameters)
             backward(_loss(model.eval(), batch, index), parameters, method=method)
