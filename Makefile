@@ -7,12 +7,12 @@ export OMP_NUM_THREADS ?= 1
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-rl examples paper test test-cuda format lint type check docs bench clean
+.PHONY: help install demo demo-rl examples paper test test-cuda format lint type check docs bench matrix dist clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt hesscale_lightning/_version.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
@@ -72,5 +72,11 @@ bench: $(STAMP)  ## measure the cost of curvature, in time and memory, and of an
 	$(BIN)/python -m benchmarks.sb3_train
 	$(BIN)/python -m benchmarks.compiled_step
 
+matrix: $(STAMP)  ## the test suite on every supported torch and Python that is here (gigabytes; PYTEST_ARGS="-n 2")
+	$(BIN)/nox -s tests -- $(PYTEST_ARGS)
+
+dist: $(STAMP)  ## build wheel and sdist, check them, use the wheel from an empty environment and another folder
+	$(BIN)/nox -s dist installed
+
 clean:  ## remove what runs leave behind, keep .venv
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis lightning_logs outputs
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .nox lightning_logs outputs

@@ -23,6 +23,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from hesscale_lightning.command_line.report import report
 from hesscale_lightning.curvature.engine import Method
+from hesscale_lightning.uses.quantization import parse_bits
 
 
 class SaveConfigBesideLog(SaveConfigCallback):
@@ -78,6 +79,8 @@ class ReportingTrainer(Trainer):
         picture: str | None = "outputs/report.png",
         batches: int = 8,
         method: Method = "hesscale",
+        quantize: str | list[int] | None = None,
+        quantize_method: Method = "hesscale_rank1",
     ) -> None:
         """Print what curvature meets in the training loss, and each layer's curvature; draw a picture of it.
 
@@ -88,7 +91,10 @@ class ReportingTrainer(Trainer):
             picture: path of the PNG to write; null writes none.
             batches: how many training batches the diagonal is the mean of.
             method: hesscale, hesscale_gn, hesscale_rank1 or bl89.
+            quantize: numbers of bits, such as 8,4; also prints and draws what rounding each layer's weights costs.
+            quantize_method: the method of the diagonals for that; hesscale_rank1 ranks layers of deep networks best.
         """
+        bits = [] if quantize is None else parse_bits(quantize)
         if ckpt is not None:
             if not Path(ckpt).is_file():
                 raise FileNotFoundError(f"Found no checkpoint at {ckpt}, expected one that `hesscale fit` has written.")
@@ -97,7 +103,7 @@ class ReportingTrainer(Trainer):
         source = model if datamodule is None else datamodule
         source.prepare_data()
         source.setup("fit")
-        result = report(model, source.train_dataloader(), batches, method)
+        result = report(model, source.train_dataloader(), batches, method, bits, quantize_method)
         print(result)  # noqa: T201
         if picture is not None:
             result.draw(Path(picture))

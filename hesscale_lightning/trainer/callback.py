@@ -24,7 +24,7 @@ from hesscale_lightning.trainer.parameters import clear_diagonals, parameters_of
 from hesscale_lightning.trainer.reevaluation import Reevaluation
 from hesscale_lightning.trainer.schedule import Schedule
 from hesscale_lightning.trainer.searches import Searches
-from hesscale_lightning.trainer.settings import check_arguments, check_trainer
+from hesscale_lightning.trainer.settings import check_arguments, check_split, check_split_options, check_trainer
 from hesscale_lightning.trainer.step_logger import StepLogger, add_decrease
 
 
@@ -57,9 +57,9 @@ class HesScaleCallback(Callback):
     ``curvature/audit/overhead``     with ``audit``: time of forward, backward and curvature over that without curvature
     ================================ ==================================================================================
 
-    The diagonal is that of the loss which the optimizer minimises: of the mean over the micro-batches when gradients
-    are accumulated, of the mean over all processes under DDP, without the loss scale under ``16-mixed``. Gradient
-    clipping does not change it. With several optimizers, the keys are ``curvature/optimizer_0/trace`` and so on.
+    The diagonal is that of the loss which the optimizer minimises: of the mean over accumulated micro-batches and over
+    processes (DDP and ModelParallelStrategy), without the loss scale under ``16-mixed``. Gradient clipping does not
+    change it. With several optimizers, the keys are ``curvature/optimizer_0/trace`` and so on.
 
     Code compiled by ``torch.compile`` runs eagerly on the steps that compute a diagonal, so with a compiled network
     choose ``every_n_steps`` above 1. Parts that are compiled outside of the module cannot be found, and raise.
@@ -78,9 +78,8 @@ class HesScaleCallback(Callback):
             exceeds this, in units of the loss (StepSizeScaling; 1e-4 is a good start); null leaves them alone. Not for
             AdaHesScale, which has ``delta`` itself, and not for LBFGS.
         on_unsupported: what to do where the loss contains an operation without a curvature rule: ``error``, or ``skip``
-            the parameters behind it for the rest of the run, with one warning that names them. Skipped parameters get
-            no diagonal: they count in no statistic, and AdaHesScale and ``delta`` raise for them, so give those to
-            another optimizer.
+            the parameters behind it for the rest of the run, with one warning that names them. They count in no
+            statistic, and AdaHesScale and ``delta`` raise for them, so give those to another optimizer.
         audit: compare the diagonal with the true one on some steps: ``exact`` (one double backward pass for each
             compared entry), ``hutchinson`` (a random estimate on the compared entries), or null for no audit. Needs
             a loss that can be differentiated twice. Tensor hooks of the network run more often on these steps.
@@ -97,8 +96,7 @@ class HesScaleCallback(Callback):
 
     Example:
         >>> import lightning
-        >>> curvature = HesScaleCallback(log_every_n_steps=10)
-        >>> trainer = lightning.Trainer(callbacks=[curvature], logger=False, accelerator="cpu")
+        >>> trainer = lightning.Trainer(callbacks=[HesScaleCallback(per_layer=True)], logger=False, accelerator="cpu")
 
     The diagonal is HesScale's of Elsayed et al., "Revisiting Scalable Hessian Diagonal Approximations for Applications
     in Reinforcement Learning", ICML 2024.
@@ -170,6 +168,7 @@ class HesScaleCallback(Callback):
         if stage != "fit":
             return
         check_trainer(trainer, pl_module, HesScaleCallback, self._reevaluation is not None)
+        check_split_options(trainer, self.method, self.on_unsupported, self._audit is not None)
         self._searches.prepare(trainer, pl_module)
         self._schedule.start(trainer, pl_module)
         self._backward.skipped = {}
@@ -178,10 +177,11 @@ class HesScaleCallback(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Puts the trust region around the optimizers, before their state is restored from a checkpoint."""
         self._searches.finish(trainer)
+        check_split(trainer, pl_module)  # parameters are not split before
         if self.delta is not None:
             add_trust_regions(trainer, self.delta)
-        if self.histogram and trainer.is_global_zero:
-            warn_without_histograms(trainer.loggers)
+        if self.histogram:
+            warn_without_histograms(trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -270,13 +270,13 @@ class HesScaleCallback(Callback):
         """The callback's name in a checkpoint."""
         return self._generate_state_key(method=self.method)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to log on the same steps."""
-        return self._schedule.state_dict()
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
+        """Saves what a resumed run needs; Lightning would refuse two callbacks with a state_dict in its own words."""
+        checkpoint["callbacks"][self.state_key] = self._schedule.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned."""
-        self._schedule.load_state_dict(state_dict)
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
+        """Restores it."""
+        self._schedule.load_state_dict(checkpoint["callbacks"].get(self.state_key, {}))
 
     @property
     def _attachment(self) -> Any:

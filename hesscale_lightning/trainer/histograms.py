@@ -11,6 +11,7 @@ from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
@@ -26,9 +27,9 @@ def takes_histograms(logger: Logger) -> bool:
     return hasattr(getattr(logger, "experiment", None), "add_histogram_raw")  # TensorBoard's writer
 
 
-def warn_without_histograms(loggers: Iterable[Logger]) -> None:
-    """Warns if no logger takes histograms."""
-    if not any(map(takes_histograms, loggers)):
+def warn_without_histograms(trainer: pl.Trainer) -> None:
+    """Warns that histograms were asked for and no logger takes them."""
+    if trainer.is_global_zero and not any(map(takes_histograms, trainer.loggers)):
         rank_zero_warn(
             "HesScaleCallback found histogram=True and no logger that has histograms. Add a TensorBoardLogger, "
             "a WandbLogger or an MLFlowLogger."

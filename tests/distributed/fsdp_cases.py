@@ -9,11 +9,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from hesscale_lightning import AdaHesScale, attach
+from benchmarks.distributed import Sent
+from hesscale_lightning import AdaHesScale, attach, compile_step
 from hesscale_lightning.optim import CalibratedRadius, StepSizeScaling
+from tests.distributed.launching import run_cases
 
 
 class Tied(nn.Module):
@@ -56,12 +59,30 @@ def unused() -> nn.Module:
     return net
 
 
+class Branching(nn.Module):
+    """Leaves one layer out where it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 7), nn.Linear(7, 7), nn.Linear(7, 3)
+        self.short = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.tanh(self.a(x))
+        return self.c(z if self.short else torch.tanh(self.b(z)))
+
+
 def shard(net: nn.Module, children: bool, **options: object) -> None:
     if children:
         inner = [net.block] if isinstance(net, Tied) else [m for m in net.children() if isinstance(m, nn.Linear)]
         for module in inner:
             fully_shard(module, **options)
     fully_shard(net, **options)
+
+
+def by_columns(p: Tensor) -> Shard:
+    """FSDP2 cuts other dimensions than the first into equal parts only."""
+    return Shard(p.dim() - 1 if p.shape[-1] % dist.get_world_size() == 0 else 0)
 
 
 def data(net: nn.Module, seed: int) -> tuple[Tensor, Tensor]:
@@ -84,7 +105,7 @@ def difference(net: nn.Module, ref: nn.Module, name: str) -> float:
     return worst
 
 
-def diagonals(make, children=True, reshard=True, accumulate="", method="hesscale", mesh=None, named=False):
+def diagonals(make, children=True, reshard=True, accumulate="", method="hesscale", named=False, **options):
     """Several steps, so that rules run, are taken down and run as a program; weights move by plain SGD."""
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(1)
@@ -93,7 +114,7 @@ def diagonals(make, children=True, reshard=True, accumulate="", method="hesscale
     if make is unused:
         ref = unused().double()
         ref.load_state_dict(net.state_dict())
-    shard(net, children, mesh=mesh, reshard_after_forward=reshard)
+    shard(net, children, reshard_after_forward=reshard, **options)
     worst = 0.0
     for step in range(4):
         for p in (*net.parameters(), *ref.parameters()):
@@ -101,11 +122,14 @@ def diagonals(make, children=True, reshard=True, accumulate="", method="hesscale
         parts = 2 if accumulate else 1
         for part in range(parts):
             x, y = data(net, 10 * step + part)
+            ref.short = net.short = part == 1
             loss = cross_entropy(ref(x), y) / parts
             attach(loss, method=method)
             loss.backward()
             if accumulate == "without sync":
                 net.set_requires_gradient_sync(part == parts - 1)
+            if accumulate == "without all-reduce":
+                net.set_requires_all_reduce(part == parts - 1)
             loss = cross_entropy(net(x[rank::world]), y[rank::world]) / parts
             attach(loss, list(net.parameters()) if named else None, method=method)
             loss.backward()
@@ -228,6 +252,69 @@ def training(make_optimizer, clip=None, resume=False):
     return max(difference(net, ref, "data"), *stats.values())
 
 
+def uneven():
+    """One process leaves a layer out that the other uses, and FSDP2 was told of it."""
+    torch.manual_seed(1)
+    net = Branching().double()
+    ref = copy.deepcopy(net)
+    shard(net, False)
+    net.set_reduce_scatter_unused_params(True)
+    worst = 0.0
+    for step in range(4):
+        rank = dist.get_rank()
+        (x, y), lone = data(net, step), step % 2  # the process that leaves it out
+        ref.zero_grad()
+        losses = []
+        for process in range(2):
+            ref.short = process == lone
+            losses.append(cross_entropy(ref(x[process::2]), y[process::2]))
+        attach(loss := sum(losses) / 2)
+        loss.backward()
+        net.zero_grad()
+        net.short = rank == lone
+        attach(loss := cross_entropy(net(x[rank::2]), y[rank::2]))
+        loss.backward()
+        worst = max(worst, difference(net, ref, "hess_diag"), difference(net, ref, "grad"))
+    return worst
+
+
+def left_out():
+    net = Branching().double()
+    shard(net, False)
+    net.short = dist.get_rank() == 1
+    x, y = data(net, 0)
+    attach(cross_entropy(net(x), y))
+
+
+def bytes_reduced():
+    """Over two backward passes of which the second reduces: as many bytes for curvature as for the gradient."""
+    sent = {}
+    for curvature in (False, True):
+        torch.manual_seed(1)
+        net = mlp().double()
+        shard(net, True)
+        for _ in range(2):
+            with Sent() as counted:
+                for part in range(2):
+                    net.set_requires_gradient_sync(part == 1)
+                    x, y = data(net, part)
+                    loss = cross_entropy(net(x), y)
+                    if curvature:
+                        attach(loss)
+                    loss.backward()
+        sent[curvature] = counted.bytes
+    flags = 2 * 6 * 4  # at each attach, an int32 for each parameter
+    assert sent[True]["gather"] == sent[False]["gather"] > 0
+    assert sent[True]["reduce"] == 2 * sent[False]["reduce"] + flags
+    return 0.0
+
+
+def compiled():
+    net = mlp()
+    shard(net, True)
+    compile_step(net, cross_entropy, backend="eager", on_failure="raise", silent=True)
+
+
 def refused(error, words, work):
     with pytest.raises(error, match=words):
         work()
@@ -262,15 +349,6 @@ def scaled():
     attach(cross_entropy(net(x), y))
 
 
-def tensor_parallel():
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-    parallelize_module(net, init_device_mesh("cpu", (2,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
-    x, y = data(net, 0)
-    attach(cross_entropy(net(x), y))
-
-
 def adahesscale(**options):
     return lambda params: AdaHesScale(params, **options)
 
@@ -294,6 +372,12 @@ CASES = {
     "accumulation with sync": lambda: diagonals(mlp, accumulate="with sync"),
     "accumulation without sync": lambda: diagonals(mlp, accumulate="without sync"),
     "hybrid": lambda: diagonals(mlp, mesh=hybrid()),
+    "hybrid, accumulation without sync": lambda: diagonals(mlp, accumulate="without sync", mesh=hybrid()),
+    "hybrid, accumulation without all-reduce": lambda: diagonals(mlp, accumulate="without all-reduce", mesh=hybrid()),
+    "last pass without a layer": lambda: diagonals(Branching, False, accumulate="without sync"),
+    "sharded by columns": lambda: diagonals(mlp, shard_placement_fn=by_columns),
+    "uneven": uneven,
+    "bytes": bytes_reduced,
     "tied": lambda: diagonals(Tied),
     "frozen": lambda: diagonals(frozen),
     "unused": lambda: diagonals(unused),
@@ -315,23 +399,12 @@ CASES = {
     "rank one": lambda: refused(ValueError, "hesscale_rank1", lambda: diagonals(mlp, method="hesscale_rank1")),
     "checkpointed sharded": lambda: refused(RuntimeError, "is checkpointed", checkpointed_sharded),
     "found nothing": lambda: refused(RuntimeError, "none of the", foreign),
+    "left out by one process": lambda: refused(RuntimeError, "b.weight .1 of 2 processes", left_out),
+    "compiled step": lambda: refused(ValueError, "sharded", compiled),
     "divide factor": lambda: refused(RuntimeError, "set_gradient_divide_factor", scaled),
-    "tensor parallel": lambda: refused(RuntimeError, "_ToTorchTensorBackward", tensor_parallel),
     "calibrated radius": lambda: refused(ValueError, "CalibratedRadius", calibrated),
 }
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    for name, case in CASES.items():
-        if len(sys.argv) > 1 and sys.argv[1] not in name:
-            continue
-        try:
-            outcome = f"{case():.1e}"
-        except Exception as error:
-            if len(sys.argv) > 1:
-                raise
-            outcome = f"{type(error).__name__}: {error}".replace("\n", " ")
-        if dist.get_rank() == 0:
-            sys.stdout.write(f"{name}\t{outcome}\n")
-    dist.barrier()  # leave together: a process that ends while another still talks to it is torn down
-    dist.destroy_process_group()
+    run_cases(CASES, *sys.argv[1:])
