@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-rl examples paper test test-cuda format lint type check docs bench matrix dist clean
+.PHONY: help install demo demo-rl examples paper test test-cuda test-distributed-cuda format lint type check docs bench matrix dist clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -41,6 +41,9 @@ test: $(STAMP)  ## the whole test suite, doctests included
 
 test-cuda: $(STAMP)  ## the tests that need a GPU, on one
 	$(BIN)/python -m pytest -m cuda $(PYTEST_ARGS)
+
+test-distributed-cuda: $(STAMP)  ## the tests of several processes on as many GPUs, over NCCL (what needs more is skipped)
+	HESSCALE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/distributed -n 0 $(PYTEST_ARGS)
 
 format: $(STAMP)  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix-only --quiet .

@@ -17,7 +17,7 @@ PACKAGE = Path(hesscale_lightning.__file__).parent
 ROOT = Path(__file__).parent.parent
 # room -> rooms of ours that it may import, and third parties
 ALLOWED = {
-    "curvature": ({"curvature"}, {"torch", "typing_extensions"}),
+    "curvature": ({"_torch_names", "curvature"}, {"torch", "typing_extensions"}),
     "optim": ({"optim"}, {"torch"}),
     "compiled_step": ({"_torch_names", "compiled_step", "curvature", "optim"}, {"torch"}),
     "metrics": ({"metrics"}, {"torch", "torchmetrics", "matplotlib"}),

@@ -16,7 +16,7 @@ from hesscale_lightning._torch_names import INDUCTOR, NAMES, SUPPORTED, missing
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for room in ("hesscale_lightning", "sb3_integration") for path in (ROOT / room).rglob("*.py"))
 # FSDP's internals: read only where parameters are sharded, and looked up there.
-ELSEWHERE = {"sharding.py", "sharded.py"}
+ELSEWHERE = {"sharding.py", "sharding_names.py", "held_groups.py", "sharded.py"}
 # Attributes with an underscore of what is not torch's: named tuples, torchmetrics, Lightning, Stable-Baselines3.
 OTHERS = {"_replace", "_plot", "_computed", "_update_count", "_generate_state_key", "_trainer", "_vec_normalize_env"}
 OTHERS |= {"_current_progress_remaining", "_update_learning_rate"}

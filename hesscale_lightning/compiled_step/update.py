@@ -76,7 +76,7 @@ class _CapturedRegions(Regions):
         super().__init__(regions.key)
         self.radii = regions.radii
         self.factors = [values[0] for values in known]
-        self.known = [Calibration(0, 0.0, 0.0, *values[1:]) for values in known]
+        self.known = [Calibration(0, 0.0, 0.0, v[1], v[2], v[3], v[4]) for v in known]
 
     def limit(self, index: int, group: dict[str, Any]) -> Any:
         """As a scalar tensor where the radius is measured."""
@@ -179,7 +179,7 @@ class Update:
             values.append(learning_rate(group))
             values += group[CLIPPING_KEY]
             known = Calibration.of(group)
-            values += [known.factor or 1.0, *known[3:]]
+            values += [known.factor or 1.0, *known[3:7]]
         pairs: dict[tuple[float, float], int] = {}
         count_of = tuple([pairs.setdefault((s["step"].item(), s["hess_step"].item()), len(pairs)) for s in states])
         for counts in pairs:
@@ -215,9 +215,10 @@ class Update:
             else:
                 clipping_weights(group, 1.0, refreshing=refreshing)
             if optimizer.radii[k] is not None:
-                steps, logs, weight, *_ = Calibration.of(group)
+                known = Calibration.of(group)
                 sums = [x.item() for x in results[width * k + 5 : width * k + _TOLD]]
-                group[CALIBRATION_KEY] = (steps + (not measured), logs, weight, *sums)
+                counted = (known.steps + (not measured), *known[1:3], *sums, *known[7:])
+                group[CALIBRATION_KEY] = counted
         latest = _Records(self, results, records, width)
         if measured:
             optimizer._latest = list(latest)
@@ -302,7 +303,7 @@ class Update:
             records.append(
                 replace(record, batches=(), rule=rule, size=1.0, scale=1.0, along=0.0, clipping=1.0, signal=1.0)
             )
-            told = [record.size, record.scale, record.clipping, record.along, record.signal, *regions.known[g][3:]]
+            told = [record.size, record.scale, record.clipping, record.along, record.signal, *regions.known[g][3:7]]
             if factor is not None:
                 told += options[CLIPPING_KEY]
             results += [torch.as_tensor(x, dtype=torch.float64, device=device).clone() for x in told]

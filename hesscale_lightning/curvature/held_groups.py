@@ -8,7 +8,6 @@ parameter), and reduced with the last.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,11 +63,10 @@ class Held:
 
     def release(self) -> None:
         """Hands the groups back to FSDP2, which frees those that have yet to pass backward's end itself."""
-        state = sys.modules["torch.distributed.fsdp._fully_shard._fsdp_common"].TrainingState
         for group, frees in zip(self._groups, self._frees, strict=False):
             group.reshard_after_backward = frees
         for group in self._groups:
-            if group.reshard_after_backward and group._training_state != state.PRE_BACKWARD:
+            if group.reshard_after_backward and group._training_state.name != "PRE_BACKWARD":
                 group.reshard()
         self._groups = []
 
@@ -152,7 +150,7 @@ def _scatter(entries: Sequence[tuple[Any, Tensor]], fresh: Sequence[bool]) -> No
     mine = flat.new_empty(flat.shape[1])
     copies = pieces
     if pieces > 1:
-        dist.reduce_scatter_tensor(mine, flat.view(-1), group=info.shard_process_group)
+        dist.reduce_scatter_single(mine, flat.view(-1), group=info.shard_process_group)
     else:
         mine = flat.view(-1)
     if hasattr(info, "replicate_process_group"):

@@ -1,29 +1,40 @@
-"""Parameters that are spread over processes: FSDP2's ``fully_shard``; DTensors in a graph are refused.
+"""Parameters that FSDP2's ``fully_shard`` spreads over processes.
 
 In the graph of a loss the leaves are whole parameters that exist while a group of modules runs; what the optimizer
 holds are their shards, DTensors. For one backward pass the groups in the graph are gathered and held (:class:`Held`):
 curvature reads whole parameters as late as at the end of backward, and FSDP2 frees them earlier. Then every whole
-diagonal is averaged over the processes as gradients are, ``h = mean_r h_r``, and each process keeps its shard.
+diagonal is averaged over the processes as gradients are, ``h = mean_r h_r``, and each process keeps its shard
+(:mod:`.held_groups`).
 
-All private names of torch on which this depends are used in this module.
+What is read of FSDP2 that is not public is listed in :mod:`.sharding_names`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed._composable_state import _module_state_mapping
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from hesscale_lightning.curvature.graph import AccumulateGrad, Node, trace
 from hesscale_lightning.curvature.held_groups import Held, missing_members
+from hesscale_lightning.curvature.sharding_names import check_group, groups_of, no_states, sharded_module_states
 from hesscale_lightning.curvature.tensor_parallel import is_distributed
 
+
+class _Unknown(dict[Any, Any]):
+    """Stands for the sharded modules where torch does not tell: there may be some as soon as there are DTensors."""
+
+    def __bool__(self) -> bool:
+        return "torch.distributed.tensor" in sys.modules
+
+
+_states_of_modules = sharded_module_states()
 #: Modules under ``fully_shard``, empty in a process that has none: what an ordinary step asks.
-sharded_modules = _module_state_mapping
+sharded_modules: MutableMapping[Any, Any] = _Unknown() if _states_of_modules is None else _states_of_modules
 
 #: What FSDP2 puts before a module: its backward frees the module's parameters and reduces their gradients.
 BARRIER = "RegisterPostBackwardFunctionBackward"
@@ -41,8 +52,11 @@ def hold(root: Node, wanted: dict[int, Tensor] | None, method: str) -> tuple[Hel
         What holds them, None if there are none in this graph, and the tensors that stand in the graph for the wanted
         ones.
     """
+    if type(sharded_modules) is _Unknown:
+        _refuse_unknown(root, wanted)
+        return None, wanted
     states = _states()
-    records = [(part, group, state) for state in states for group in _groups(state) for part in group.fsdp_params]
+    records = [(part, group, state) for state in states for group in groups_of(state) for part in group.fsdp_params]
     by_whole = {
         id(part._unsharded_param): (part, group, state)
         for part, group, state in records
@@ -70,7 +84,7 @@ def hold(root: Node, wanted: dict[int, Tensor] | None, method: str) -> tuple[Hel
             "method 'hesscale_rank1' is not supported with fully_shard, expected 'hesscale', 'hesscale_gn' or 'bl89'"
         )
     models = {id(state._state_ctx) for _, _, state in parts.values()}
-    groups = [group for state in states if id(state._state_ctx) in models for group in _groups(state)]
+    groups = [group for state in states if id(state._state_ctx) in models for group in groups_of(state)]
     _refuse_scaled(groups)
     members = [
         (part, group)
@@ -103,9 +117,13 @@ def _refuse_scaled(groups: Sequence[Any]) -> None:
             )
 
 
-def _groups(state: Any) -> Sequence[Any]:
-    groups: Sequence[Any] = state._fsdp_param_groups
-    return groups
+def _refuse_unknown(root: Node, wanted: dict[int, Tensor] | None) -> None:
+    """Raises where a graph may have sharded modules and this torch does not tell which they are."""
+    nodes = trace(root, None).nodes
+    leaves = {id(node.variable) for node in nodes if type(node) is AccumulateGrad}
+    shards = [t for key, t in (wanted or {}).items() if is_distributed(t) and key not in leaves]
+    if shards or any(type(node).__name__ == BARRIER for node in nodes):
+        raise no_states()
 
 
 def _whole(part: Any) -> Any:
@@ -124,7 +142,11 @@ def _group_at(node: Node) -> Any:
 def _states() -> list[Any]:
     """Of the sharded modules, in the order in which they were sharded, which is that of all processes."""
     states = {id(state): state for ref in sharded_modules.values() if (state := ref()) is not None}
-    return [state for state in states.values() if hasattr(state, "_fsdp_param_groups")]
+    found = [state for state in states.values() if type(state).__name__ == "FSDPState"]
+    for state in found:
+        for group in groups_of(state):
+            check_group(group)
+    return found
 
 
 def _refuse_recomputed(nodes: Sequence[Node]) -> None:

@@ -38,8 +38,8 @@ from hesscale_lightning.optim.tensor_lists import add_one, beside, multiply, nev
 from hesscale_lightning.optim.trust_region import flatten_statistics, trust_region_scale
 
 
-def _own_state(state_dict: StateDict) -> StateDict:
-    """The state dict, which has to be of this kind of optimizer."""
+def _check_kind(state_dict: StateDict) -> None:
+    """Raises if it is not the state of this kind of optimizer."""
     for state in state_dict["state"].values():
         if state and "exp_avg_hess" not in state:
             raise ValueError(
@@ -56,7 +56,6 @@ def _own_state(state_dict: StateDict) -> StateDict:
                 f"{options}, expected max_update and delta among them. Load the network's parameters alone, and let "
                 "the averages start anew"
             )
-    return state_dict
 
 
 @dataclass(slots=True)
@@ -256,11 +255,12 @@ class AdaHesScale(Optimizer):
         Unlike torch's own optimizers it keeps float32 averages of half-precision parameters at full precision.
 
         Raises:
-            ValueError: if it is the state of another kind of optimizer. Nothing is loaded then.
+            ValueError: if it is the state of another kind of optimizer, or its ``delta`` is measured in something else.
+                Nothing is loaded then.
         """
         loaded: StateDict = {}
         # Registered last, so it sees the dictionary as all other hooks have left it.
-        handle = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(_own_state(final)))
+        handle = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(self._own_state(final)))
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -272,6 +272,11 @@ class AdaHesScale(Optimizer):
                 if param in self.state and self.state[param].get("step") == 0:  # saved before the first step
                     del self.state[param]
         self._on_trial = False
+
+    def _own_state(self, state_dict: StateDict) -> StateDict:
+        _check_kind(state_dict)
+        self._regions.check_saved(state_dict["param_groups"])
+        return state_dict
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients and drop the diagonals of all optimized parameters."""

@@ -18,6 +18,8 @@ from torch import Tensor
 CALIBRATION_KEY = "radius_calibration"
 TOO_FAR = 4.0  # times its radius, from which on a measured step is shortened
 TRIAL = 0.01  # length of the first step, as long as nothing has been measured
+_OF_LOSS = "units of the loss"
+_LONGER = 10.0  # times, is the next trial after one that was too short to be measured
 
 
 class Calibration(NamedTuple):
@@ -31,6 +33,7 @@ class Calibration(NamedTuple):
         unit_weight: The sum of its weights.
         squares: Sum of the squared norm of the gradient.
         square_weight: The sum of its weights.
+        unseen: Trials that were too short to change what is measured.
     """
 
     steps: int = 0
@@ -40,6 +43,7 @@ class Calibration(NamedTuple):
     unit_weight: Any = 0.0
     squares: Any = 0.0
     square_weight: Any = 0.0
+    unseen: int = 0
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Calibration:
@@ -55,6 +59,11 @@ class Calibration(NamedTuple):
     def unit(self) -> float | None:
         """The average of what the unit was; None before it was known."""
         return self.units / self.unit_weight if self.unit_weight else None
+
+    @property
+    def trial(self) -> float:
+        """The part that a step takes of what the diagonal thinks, as long as nothing is known."""
+        return min(1.0, TRIAL * _LONGER**self.unseen)
 
 
 class CalibratedRadius:
@@ -81,7 +90,9 @@ class CalibratedRadius:
     :math:`\sqrt{(1 - \beta_1) / (1 + \beta_1)}` of it, 0.23, where they are noise.
 
     Steps are measured when they are made. The first is a hundredth of what the diagonal thinks, is measured, and
-    then completed; one that has gone more than four times too far is shortened, and :math:`c` starts anew from it.
+    then completed; after one that was too short to be measured, as low precision makes it, the next is ten times as
+    long. One that has gone more than four times too far is shortened, and :math:`c` starts anew from it; of one that
+    has gone infinitely far a hundredth is left.
 
     Args:
         measure: Called without arguments after a step, under ``no_grad``; returns how far the step has gone, which must
@@ -90,6 +101,8 @@ class CalibratedRadius:
             several processes it has to return the same number in each, as ``unit`` has, or their parameters part.
         unit: What ``delta`` is a multiple of; a function is asked at every step, and what it returns averaged
             exponentially (default: 1.0).
+        name: What it measures, such as "nats". It is written with the optimizer's state, and a state whose ``delta`` is
+            in other units is not loaded (default: "measured").
         full_rate: The learning rate at which all of the step that fits is taken (default: 1.0).
         every: Measure every so many steps (default: 4).
         warmup: Measure at each of so many first steps (default: 20).
@@ -124,6 +137,7 @@ class CalibratedRadius:
         measure: Callable[[], float | Tensor | None],
         *,
         unit: float | Callable[[], float | Tensor] = 1.0,
+        name: str = "measured",
         full_rate: float = 1.0,
         every: int = 4,
         warmup: int = 20,
@@ -144,11 +158,12 @@ class CalibratedRadius:
             raise ValueError(f"every must be at least 1, got {every}")
         if not warmup >= 0:
             raise ValueError(f"warmup must be >= 0, got {warmup}")
-        for name, value in (("decay", decay), ("unit_decay", unit_decay), ("noise_decay", noise_decay)):
+        for which, value in (("decay", decay), ("unit_decay", unit_decay), ("noise_decay", noise_decay)):
             if value is not None and not 0 <= value < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {value}")
+                raise ValueError(f"{which} must be in [0, 1), got {value}")
         self.measure = measure
         self.unit = unit
+        self.name = name
         self.full_rate = full_rate
         self.every = every
         self.warmup = warmup
@@ -213,7 +228,25 @@ class Regions:
         self.check(group, radius)
         if radius is not None:
             group.setdefault(CALIBRATION_KEY, tuple(Calibration()))
+            group[self._units_key] = radius.name
         self.radii.append(radius)
+
+    @property
+    def _units_key(self) -> str:
+        return f"{self.key}_in"
+
+    def check_saved(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Raises if a state dict's param groups have their ``delta`` in other units than these regions."""
+        for index, (saved, radius) in enumerate(zip(groups, self.radii, strict=False)):
+            if self.key not in saved or (CALIBRATION_KEY in saved and self._units_key not in saved and radius):
+                continue  # of another optimizer, or of an earlier version, which did not say
+            theirs, ours = saved.get(self._units_key, _OF_LOSS), _OF_LOSS if radius is None else radius.name
+            if theirs != ours:
+                raise ValueError(
+                    f"{self.key}={saved[self.key]} of param group {index} was saved in {theirs}, and this optimizer "
+                    f"takes it in {ours}: make it with the radius that was trained with, or load the network's "
+                    "parameters alone"
+                )
 
     def limit(self, index: int, group: dict[str, Any]) -> float | None:
         """The largest ``sum D u^2 / 2`` of one group's next update; None for no limit. To be asked once per step."""
@@ -229,7 +262,7 @@ class Regions:
                 known = known._replace(units=units, unit_weight=weight)
                 group[CALIBRATION_KEY] = tuple(known)
         allowed = self._allowed(radius, group)
-        return allowed * (TRIAL**2 if known.factor is None else 1 / known.factor)
+        return allowed * (known.trial**2 if known.factor is None else 1 / known.factor)
 
     def compares_noise(self, index: int) -> bool:
         """Whether the length of a group's steps follows from how well its gradients agree."""
@@ -312,6 +345,11 @@ class Regions:
                         factors[index] = math.sqrt(allowed / measured)
                         logs = max(logs, weight * ratio)
                     known = known._replace(logs=logs, weight=weight)
+                elif measured == 0 and known.weight == 0:
+                    known = known._replace(unseen=known.unseen + 1)
+                elif measured == math.inf:
+                    factors[index] = TRIAL
+                    known = known._replace(logs=known.logs - 2 * known.weight * math.log(TRIAL))
             group[CALIBRATION_KEY] = tuple(known)
         return factors
 

@@ -247,7 +247,12 @@ class StepSizeScaling(Optimizer):
         return {**written, "state": states}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Load a state dict of this class, or one of the wrapped optimizer, with which the averages start anew."""
+        """Load a state dict of this class, or one of the wrapped optimizer, with which the averages start anew.
+
+        Raises:
+            ValueError: if its ``scaling_delta`` is measured in something else. Nothing is loaded then.
+        """
+        self._regions.check_saved(state_dict["param_groups"])
         deltas = [group["scaling_delta"] for group in self.param_groups]
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         averages = {keys.index(key): saved for key, saved in _averages_within(state_dict["state"]).items()}

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.distributed import Sent
 from hesscale_lightning import AdaHesScale, attach, compile_step
 from hesscale_lightning.optim import CalibratedRadius, StepSizeScaling
-from tests.distributed.launching import run_cases
+from tests.distributed.launching import DEVICE, begin, run_cases
 
 
 class Tied(nn.Module):
@@ -88,9 +88,9 @@ def by_columns(p: Tensor) -> Shard:
 def data(net: nn.Module, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     if isinstance(net, Tied):
-        return tuple(torch.randint(11, (8,), generator=generator) for _ in range(2))
+        return tuple(torch.randint(11, (8,), generator=generator).to(DEVICE) for _ in range(2))
     x = torch.randn(8, 5, generator=generator, dtype=torch.float64)
-    return x, torch.randint(3, (8,), generator=generator)
+    return x.to(DEVICE), torch.randint(3, (8,), generator=generator).to(DEVICE)
 
 
 def difference(net: nn.Module, ref: nn.Module, name: str) -> float:
@@ -109,10 +109,10 @@ def diagonals(make, children=True, reshard=True, accumulate="", method="hesscale
     """Several steps, so that rules run, are taken down and run as a program; weights move by plain SGD."""
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(1)
-    net = make().double()
+    net = make().double().to(DEVICE)
     ref = copy.deepcopy(net)
     if make is unused:
-        ref = unused().double()
+        ref = unused().double().to(DEVICE)
         ref.load_state_dict(net.state_dict())
     shard(net, children, reshard_after_forward=reshard, **options)
     worst = 0.0
@@ -144,7 +144,7 @@ def diagonals(make, children=True, reshard=True, accumulate="", method="hesscale
 def between(passes):
     """A forward pass between attach and backward, which frees the parameters, or two losses attached at once."""
     torch.manual_seed(1)
-    net = mlp().double()
+    net = mlp().double().to(DEVICE)
     ref = copy.deepcopy(net)
     shard(net, True, reshard_after_forward=True)
     worst = 0.0
@@ -171,7 +171,7 @@ def between(passes):
 def given_up():
     """What was attached and dropped or removed leaves shards, so the next forward pass has the new weights."""
     torch.manual_seed(1)
-    net = mlp().double()
+    net = mlp().double().to(DEVICE)
     ref = copy.deepcopy(net)
     shard(net, True)
     x, y = data(net, 0)
@@ -191,7 +191,7 @@ def frozen_critic():
     worst = 0.0
     for trained in (False, True):
         torch.manual_seed(1)
-        net, critic = nn.Linear(5, 5).double(), mlp().double().requires_grad_(trained)
+        net, critic = nn.Linear(5, 5).double().to(DEVICE), mlp().double().requires_grad_(trained).to(DEVICE)
         pairs = [(copy.deepcopy(net), copy.deepcopy(critic)), (net, critic)]
         shard(net, False)
         shard(critic, True)
@@ -209,7 +209,7 @@ def frozen_critic():
 def half(**_):
     """A policy of bfloat16 parameters: diagonals are the float32 shards' and close to those of full precision."""
     torch.manual_seed(1)
-    net = mlp()
+    net = mlp().to(DEVICE)
     ref = copy.deepcopy(net)
     shard(net, True, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
     x, y = data(net, 0)
@@ -223,14 +223,14 @@ def half(**_):
 
 def hybrid():
     """Replicated twice; in four processes shards are halves, in two they are whole."""
-    return init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(DEVICE, (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
 
 
 def training(make_optimizer, clip=None, resume=False):
     """The weights after five steps."""
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(1)
-    net = mlp().double()
+    net = mlp().double().to(DEVICE)
     ref = copy.deepcopy(net)
     shard(net, True)
     mine, other = make_optimizer(net.parameters()), make_optimizer(ref.parameters())
@@ -255,7 +255,7 @@ def training(make_optimizer, clip=None, resume=False):
 def uneven():
     """One process leaves a layer out that the other uses, and FSDP2 was told of it."""
     torch.manual_seed(1)
-    net = Branching().double()
+    net = Branching().double().to(DEVICE)
     ref = copy.deepcopy(net)
     shard(net, False)
     net.set_reduce_scatter_unused_params(True)
@@ -279,7 +279,7 @@ def uneven():
 
 
 def left_out():
-    net = Branching().double()
+    net = Branching().double().to(DEVICE)
     shard(net, False)
     net.short = dist.get_rank() == 1
     x, y = data(net, 0)
@@ -291,7 +291,7 @@ def bytes_reduced():
     sent = {}
     for curvature in (False, True):
         torch.manual_seed(1)
-        net = mlp().double()
+        net = mlp().double().to(DEVICE)
         shard(net, True)
         for _ in range(2):
             with Sent() as counted:
@@ -310,7 +310,7 @@ def bytes_reduced():
 
 
 def compiled():
-    net = mlp()
+    net = mlp().to(DEVICE)
     shard(net, True)
     compile_step(net, cross_entropy, backend="eager", on_failure="raise", silent=True)
 
@@ -322,17 +322,17 @@ def refused(error, words, work):
 
 
 def checkpointed_sharded():
-    net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(DEVICE)
     shard(net, True)
-    x, y = torch.randn(4, 5), torch.randint(3, (4,))
+    x, y = torch.randn(4, 5, device=DEVICE), torch.randint(3, (4,), device=DEVICE)
     loss = cross_entropy(net[2](checkpoint(net[:2], x, use_reentrant=False)), y)
     attach(loss)
 
 
 def foreign():
-    net = mlp().double()
+    net = mlp().double().to(DEVICE)
     shard(net, True)
-    other = mlp().double()
+    other = mlp().double().to(DEVICE)
     shard(other, True)
     x, y = data(net, 0)
     other(x)
@@ -340,7 +340,7 @@ def foreign():
 
 
 def scaled():
-    net = mlp().double()
+    net = mlp().double().to(DEVICE)
     shard(net, True)
     for module in net.modules():
         if hasattr(module, "set_gradient_divide_factor"):
@@ -358,7 +358,7 @@ def scaling(**options):
 
 
 def calibrated():
-    net = mlp().double()
+    net = mlp().double().to(DEVICE)
     shard(net, True)
     AdaHesScale(net.parameters(), delta=0.1, radius=CalibratedRadius(lambda: 0.0))
 
@@ -406,5 +406,5 @@ CASES = {
 }
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
+    begin()
     run_cases(CASES, *sys.argv[1:])

@@ -7,8 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
+#: Where the cases run: "cuda" takes one GPU for each process.
+DEVICE = os.environ.get("HESSCALE_TEST_DEVICE", "cpu")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -32,6 +35,13 @@ def outcomes(program: Path, *arguments: str, processes: int = 2) -> dict[str, st
     """What each case of a program printed: its largest relative error, or the exception."""
     printed = launch(program, *arguments, processes=processes)
     return dict(line.split("\t") for line in printed.splitlines() if "\t" in line)
+
+
+def begin() -> None:
+    """Joins the other processes."""
+    if DEVICE == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo")
 
 
 def run_cases(cases: Mapping[str, Callable[[], float]], chosen: str = "") -> None:

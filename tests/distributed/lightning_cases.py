@@ -27,7 +27,7 @@ from hesscale_lightning.metrics import (
     predicted_decrease,
 )
 from hesscale_lightning.optim import StepSizeScaling
-from tests.distributed.launching import run_cases
+from tests.distributed.launching import DEVICE, begin, run_cases
 from tests.lightning_models import ListLogger, Recorder, ResumableLoader, make_batches, make_net, make_trainer
 
 BATCHES = make_batches(6, size=8, dtype=torch.float64)
@@ -72,6 +72,7 @@ def fit(module: Any, callback: Any, *others: Any, distributed: bool = True, path
         callback,
         recorder,
         *others,
+        accelerator=DEVICE,
         devices=world,
         strategy=ModelParallelStrategy(*sizes, save_distributed_checkpoint=distributed),
         use_distributed_sampler=False,
@@ -121,6 +122,7 @@ def plain(make_optimizer: Any, steps: int = 6, every: int = 1, clip: float = 0.0
 
 def relative(found: Any, expected: Tensor) -> float:
     found = found.full_tensor() if hasattr(found, "full_tensor") else torch.as_tensor(found)
+    found = found.cpu()
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
@@ -267,8 +269,8 @@ CASES = {
 
 #: What is saved by some processes and gone on with by others: options of the optimizer, and of the callback.
 HANDED_OVER = {
-    "AdaHesScale": (adahesscale(), adahesscale(), {}),
-    "Adam with delta": (adam, scaled(adam), {"delta": 1e-3}),
+    "AdaHesScale handed over": (adahesscale(), adahesscale(), {}),
+    "Adam with delta handed over": (adam, scaled(adam), {"delta": 1e-3}),
 }
 
 
@@ -285,7 +287,7 @@ def handed_over(task: str, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
+    begin()
     if len(sys.argv) == 3:
         run_cases(handed_over(sys.argv[1], Path(sys.argv[2])))
     else:

@@ -26,7 +26,7 @@ from hesscale_lightning import AdaHesScale, UnsupportedOperationError, attach
 from hesscale_lightning.curvature.graph import trace
 from hesscale_lightning.curvature.tensor_parallel import PROVEN, operations_on_dtensors
 from hesscale_lightning.optim import StepSizeScaling
-from tests.distributed.launching import run_cases
+from tests.distributed.launching import DEVICE, begin, run_cases
 
 WIDTH = 8
 #: Names of the operations on DTensors that some case has gone through.
@@ -158,9 +158,11 @@ def sequence(net: Any, mesh: Any) -> None:
 def data(make: Any, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     if make is Transformer:
-        return torch.randint(12, (4, 6), generator=generator), torch.randint(12, (4, 6), generator=generator)
-    x = torch.randn(8, 5, dtype=torch.float64, generator=generator)
-    return x, torch.randint(3, (8,), generator=generator)
+        x, y = (torch.randint(12, (4, 6), generator=generator) for _ in range(2))
+    else:
+        x = torch.randn(8, 5, dtype=torch.float64, generator=generator)
+        y = torch.randint(3, (8,), generator=generator)
+    return x.to(DEVICE), y.to(DEVICE)
 
 
 def difference(net: nn.Module, ref: nn.Module, name: str) -> float:
@@ -186,13 +188,13 @@ def products(net: Any, mesh: Any) -> None:
 
 def meshes(data_parallel: int = 1) -> Any:
     shape = (data_parallel, dist.get_world_size() // data_parallel)
-    return init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))
+    return init_device_mesh(DEVICE, shape, mesh_dim_names=("data", "tensor"))
 
 
 def pair(make: Any, split: Any, data_parallel: int = 0) -> tuple[nn.Module, nn.Module, slice]:
     """A network split over processes, the same in one, and this process's rows of a batch."""
     torch.manual_seed(1)
-    net = make().to(torch.float32 if make is Casts else torch.float64)
+    net = make().to(DEVICE, torch.float32 if make is Casts else torch.float64)
     ref = copy.deepcopy(net)
     mesh = meshes(max(data_parallel, 1))
     split(net, mesh["tensor"])
@@ -321,5 +323,5 @@ FOUR = {
 }
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
+    begin()
     run_cases(TWO if dist.get_world_size() == 2 else FOUR, *sys.argv[1:])

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed import fsdp_cases, lightning_cases, tensor_parallel_cases
-from tests.distributed.launching import ROOT, launch, outcomes
+from tests.distributed import four_cases, fsdp_cases, lightning_cases, tensor_parallel_cases
+from tests.distributed.launching import DEVICE, ROOT, launch, outcomes
 
 _TABLES = {
     "fsdp": fsdp_cases.CASES,
@@ -27,6 +27,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def _outcomes(program, *arguments, processes=2):
+    if DEVICE == "cuda" and torch.cuda.device_count() < processes:
+        pytest.skip(f"needs {processes} GPUs, found {torch.cuda.device_count()}")
+    return outcomes(_HERE / program, *arguments, processes=processes)
+
+
 def _check(outcome, bound=1e-10):
     try:
         error = float(outcome)
@@ -38,30 +44,28 @@ def _check(outcome, bound=1e-10):
 @pytest.mark.parametrize(("table", "name"), [(table, name) for table, cases in _TABLES.items() for name in cases])
 def test_two_processes_agree_with_one_on_the_global_batch(table, name):
     if table not in _found:
-        _found[table] = outcomes(_HERE / f"{table}_cases.py")
+        _found[table] = _outcomes(f"{table}_cases.py")
     _check(_found[table][name], _BOUNDS.get(name, 1e-10))
 
 
-def test_four_processes_on_a_hybrid_mesh():
-    found = outcomes(_HERE / "fsdp_cases.py", "hybrid", processes=4)
-    assert list(found) == ["hybrid"]
-    _check(found["hybrid"])
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with what two processes have saved after three steps."""
+    folder = str(tmp_path_factory.mktemp("saved"))
+    _outcomes("lightning_cases.py", "save", folder)
+    return folder
 
 
-def test_four_processes_with_fully_shard_and_tensor_parallelism():
-    found = outcomes(_HERE / "tensor_parallel_cases.py", processes=4)
-    assert set(found) == set(tensor_parallel_cases.FOUR)
+def test_one_process_goes_on_with_what_two_have_saved(saved):
+    found = _outcomes("lightning_cases.py", "resume", saved, processes=1)
+    assert set(found) == set(lightning_cases.HANDED_OVER)
     for outcome in found.values():
         _check(outcome)
 
 
-@pytest.mark.parametrize("processes", [1, 4])
-def test_other_processes_go_on_with_what_two_have_saved(tmp_path_factory, processes):
-    if "saved" not in _found:
-        folder = tmp_path_factory.mktemp("saved")
-        _found["saved"] = {"folder": str(folder), **outcomes(_HERE / "lightning_cases.py", "save", str(folder))}
-    found = outcomes(_HERE / "lightning_cases.py", "resume", _found["saved"]["folder"], processes=processes)
-    assert set(found) == set(lightning_cases.HANDED_OVER)
+def test_four_processes_agree_with_one_and_go_on_with_what_two_have_saved(saved):
+    found = _outcomes("four_cases.py", saved, processes=4)
+    assert set(found) == {*four_cases.CASES, *lightning_cases.HANDED_OVER}
     for outcome in found.values():
         _check(outcome)
 

@@ -216,7 +216,7 @@ def test_the_radius_is_compared_with_noise_by_adahesscale_alone() -> None:
         scaled_sgd(problem, 1e-3, CalibratedRadius(problem.measure, noise_decay=0.9))
 
 
-@pytest.mark.parametrize("useless", [0.0, -1.0, math.nan, math.inf, None])
+@pytest.mark.parametrize("useless", [0.0, -1.0, math.nan, None])
 def test_measures_that_say_nothing_change_nothing(useless: float | None) -> None:
     problem = Problem()
     found: list[float | None] = [None]
@@ -226,6 +226,61 @@ def test_measures_that_say_nothing_change_nothing(useless: float | None) -> None
         problem.deliver()
         optimizer.step()
     assert optimizer.stats["calibration"] == pytest.approx(20)
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
+def test_a_trial_too_short_to_be_measured_is_followed_by_a_longer_one(make: Any) -> None:
+    problem = Problem()
+    optimizer = make(problem, 1e-3, CalibratedRadius(lambda: problem.moved() if problem.moved() > 1e-4 else 0.0))
+    moves = []
+    for _ in range(3):
+        problem.deliver()
+        optimizer.step()
+        moves.append(problem.moved())
+    assert moves == pytest.approx([20e-3 * TRIAL**2, 1e-3, 1e-3])  # the second trial is seen, and completed
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
+def test_of_a_step_that_went_infinitely_far_a_hundredth_is_left(make: Any) -> None:
+    problem = Problem()
+    infinite = [False, False, True, False]
+    measure = lambda: math.inf if infinite.pop(0) else problem.moved()  # noqa: E731
+    optimizer = make(problem, 1e-3, CalibratedRadius(measure, every=1))
+    for _ in range(3):
+        problem.deliver()
+        optimizer.step()
+    assert problem.moved() == pytest.approx(1e-3 * TRIAL**2)
+    problem.deliver()
+    optimizer.step()
+    assert problem.moved() == pytest.approx(1e-3 * TRIAL**2)  # and so far the next goes
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
+@pytest.mark.parametrize(
+    ("saved", "own", "text"),
+    [
+        ("nats", "outputs", "saved in nats, and this optimizer takes it in outputs"),
+        ("nats", None, "saved in nats, and this optimizer takes it in units of the loss"),
+        (None, "nats", "saved in units of the loss, and this optimizer takes it in nats"),
+    ],
+)
+def test_a_state_with_delta_in_other_units_is_not_loaded(
+    make: Any, saved: str | None, own: str | None, text: str
+) -> None:
+    problem, other = Problem(), Problem()
+
+    def made(problem: Problem, name: str | None) -> Any:
+        radius = None if name is None else CalibratedRadius(problem.measure, name=name)
+        return make(problem, 1e-3, radius)
+
+    optimizer, later = made(problem, saved), made(other, own)
+    problem.deliver()
+    optimizer.step()
+    before = later.state_dict()["param_groups"]
+    with pytest.raises(ValueError, match=text):
+        later.load_state_dict(optimizer.state_dict())
+    assert later.state_dict()["param_groups"] == before
+    made(other, saved).load_state_dict(optimizer.state_dict())
 
 
 @pytest.mark.parametrize(
