@@ -7,12 +7,12 @@ export OMP_NUM_THREADS ?= 1
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-rl examples paper uses test test-cuda format lint type check bench clean
+.PHONY: help install demo demo-rl examples paper uses test test-cuda test-distributed-cuda format lint type check docs bench matrix dist clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt hesscale_lightning/_version.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
@@ -51,6 +51,9 @@ test: $(STAMP)  ## the whole test suite, doctests included
 test-cuda: $(STAMP)  ## the tests that need a GPU, on one
 	$(BIN)/python -m pytest -m cuda $(PYTEST_ARGS)
 
+test-distributed-cuda: $(STAMP)  ## the tests of several processes on as many GPUs, over NCCL (what needs more is skipped)
+	HESSCALE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/distributed -n 0 $(PYTEST_ARGS)
+
 format: $(STAMP)  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
@@ -61,6 +64,12 @@ lint: $(STAMP)  ## check style and format
 
 type: $(STAMP)  ## check types
 	$(BIN)/mypy
+
+docs: $(STAMP)  ## run every example of the pages and docstrings, build the site into build/docs, look up its links
+	$(BIN)/python -m pytest -q tests/test_docs.py tests/test_readme.py hesscale_lightning sb3_integration $(PYTEST_ARGS)
+	$(BIN)/sphinx-build -b html -W --keep-going -q -E docs build/docs
+	$(BIN)/python docs/check_links.py build/docs
+	@echo "site: build/docs/index.html"
 
 check: lint type test  ## what CI checks: lint, types, tests
 
@@ -75,5 +84,11 @@ bench: $(STAMP)  ## measure the cost of curvature, in time and memory, and of an
 	$(BIN)/python -m benchmarks.sb3_train
 	$(BIN)/python -m benchmarks.compiled_step
 
+matrix: $(STAMP)  ## the test suite on every supported torch and Python that is here (gigabytes; PYTEST_ARGS="-n 2")
+	$(BIN)/nox -s tests -- $(PYTEST_ARGS)
+
+dist: $(STAMP)  ## build wheel and sdist, check them, use the wheel from an empty environment and another folder
+	$(BIN)/nox -s dist installed
+
 clean:  ## remove what runs leave behind, keep .venv
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis lightning_logs outputs
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .nox lightning_logs outputs

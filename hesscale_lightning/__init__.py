@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hesscale_lightning import _earlier_paths
+from hesscale_lightning import _torch_names as _torch_names  # first: it says which names a changed torch lacks
 from hesscale_lightning._version import __version__
 from hesscale_lightning.compiled_step import CaptureError, compile_step
 from hesscale_lightning.curvature import (
@@ -19,7 +20,7 @@ from hesscale_lightning.curvature import (
     register_rule,
     with_curvature,
 )
-from hesscale_lightning.optim import AdaHesScale, CalibratedRadius, StepSizeScaling
+from hesscale_lightning.optim import AdaHesScale, CalibratedRadius, SkipNonfinite, StepSizeScaling
 
 if TYPE_CHECKING:
     from hesscale_lightning.command_line.data import DiabetesDataModule, DigitsDataModule, MNIST1DDataModule
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     )
     from hesscale_lightning.trainer.callback import HesScaleCallback
     from hesscale_lightning.trainer.compiled_training import CompiledStepMixin
+    from hesscale_lightning.trainer.nonfinite_steps import SkipNonfiniteSteps
     from hesscale_lightning.uses.data_diagonal import hess_diag_over
     from hesscale_lightning.uses.hess_diag_state import HessDiagState
     from hesscale_lightning.uses.laplace_backend import HesScaleGGN
@@ -53,6 +55,7 @@ _LAZY = {
     "DiabetesDataModule": "hesscale_lightning.command_line.data",
     "DigitsDataModule": "hesscale_lightning.command_line.data",
     "MNIST1DDataModule": "hesscale_lightning.command_line.data",
+    "SkipNonfiniteSteps": "hesscale_lightning.trainer.nonfinite_steps",
     "CurvatureAuditError": "hesscale_lightning.metrics",
     "CurvatureHistogram": "hesscale_lightning.metrics",
     "CurvatureLayerShares": "hesscale_lightning.metrics",
@@ -94,6 +97,8 @@ __all__ = [
     "HessDiagState",
     "LossDecrease",
     "MNIST1DDataModule",
+    "SkipNonfinite",
+    "SkipNonfiniteSteps",
     "SparsitySchedule",
     "StepSizeScale",
     "StepSizeScaling",

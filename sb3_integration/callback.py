@@ -20,6 +20,9 @@ class HesScaleLoggingCallback(BaseCallback):
     - ``curvature_mean_abs``, ``curvature_max_abs``, ``curvature_trace``, ``curvature_negative_fraction``: of the
       diagonal of one minibatch's loss, in units of the loss over the squared parameter.
 
+    ``hesscale/skipped_steps`` is the number of steps skipped so far, where a
+    :class:`hesscale_lightning.SkipNonfinite` was put on an optimizer of the policy.
+
     Reading a step's statistics costs about one more step, and happens once per rollout and network. An off-policy
     algorithm has a rollout per ``train_freq``; ``every_n_rollouts`` thins it out.
 
@@ -80,6 +83,10 @@ class HesScaleLoggingCallback(BaseCallback):
             for network, statistics in zip(networks, curvature, strict=True):
                 for name, value in statistics.items():
                     self.logger.record(f"hesscale/{network}/{name}", value.item())
+        guards = [getattr(optimizer, "skip_nonfinite", None) for optimizer in optimizers_of(policy)]
+        if any(guards):
+            skipped = sum(guard.skipped for guard in guards if guard is not None)
+            self.logger.record("hesscale/skipped_steps", skipped)
         policy.seam.statistics.request()
 
     def _on_step(self) -> bool:

@@ -29,6 +29,7 @@ from hesscale_lightning.optim import StepSizeScaling
 from sb3_integration import defaults
 from sb3_integration.loss_seam import LossSeam, OutputTag, optimizers_of
 from sb3_integration.policy_radius import Evaluation, PolicyRadius
+from sb3_integration.saved_policies import read_policy
 
 _OptimizerKwargs = Mapping[str, Any] | None
 Radius = Literal["kl", "loss"]
@@ -224,18 +225,31 @@ class HesScaleMixin(BasePolicy):
         torch.save({"state_dict": self.state_dict(), "data": data, "optimizers": optimizers}, path)
 
     @classmethod
-    def load(cls, path: Any, device: torch.device | str = "auto") -> Self:
+    def load(cls, path: Any, device: torch.device | str = "auto", *, trusted: bool = False) -> Self:
         """Loads a policy that :meth:`save` wrote, or one without optimizers' state.
 
-        The file holds spaces and classes beside the weights, as Stable-Baselines3's own does, and is unpickled: a file
-        made for the purpose runs any code. Load only files from people you trust.
+        The file holds spaces and classes beside the weights. It is read as weights, with the classes of PyTorch,
+        Gymnasium, Stable-Baselines3 and this package that policies are made of; anything else that it names is refused,
+        because loading would run it.
 
         Args:
             path: A file's path, or a file open for reading.
             device: Where to put the policy.
+            trusted: Load classes from elsewhere too, such as a features extractor of your own. A file made for the
+                purpose then runs any code: only for files from people you trust.
+
+        Raises:
+            ValueError: If the file names code from elsewhere, or holds no policy.
+
+        Example:
+            >>> import io, stable_baselines3
+            >>> file = io.BytesIO()
+            >>> stable_baselines3.PPO(HesScaleActorCriticPolicy, "CartPole-v1", device="cpu").policy.save(file)
+            >>> _ = file.seek(0)
+            >>> policy = HesScaleActorCriticPolicy.load(file)
         """
         device = get_device(device)
-        saved = torch.load(path, map_location=device, weights_only=False)  # it holds spaces and classes
+        saved = read_policy(path, device, trusted)
         policy = cls(**saved["data"]).to(device)
         policy.load_state_dict(saved["state_dict"])
         if "optimizers" in saved:

@@ -295,10 +295,10 @@ class PolicyRadius:
     def of_network(self, network: str, full_rate: float = 1.0) -> CalibratedRadius:
         """What ``delta`` is measured in for "actor", "critic" or "features"."""
         if network == "actor":
-            return CalibratedRadius(self.divergence, full_rate=full_rate)
+            return CalibratedRadius(self.divergence, name="nats", full_rate=full_rate)
         if network == "critic":
-            return CalibratedRadius(self.value_change, unit=self.loss, full_rate=full_rate)
-        return CalibratedRadius(self.shared_change, full_rate=full_rate)
+            return CalibratedRadius(self.value_change, unit=self.loss, name="parts of the loss", full_rate=full_rate)
+        return CalibratedRadius(self.shared_change, name="radii of actor and critic", full_rate=full_rate)
 
 
 class _ActionHook:

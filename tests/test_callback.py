@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -421,11 +421,13 @@ def test_nothing_is_left_attached_when_training_is_interrupted(error, moment):
     assert leftovers(model) == []
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
 def test_strategies_that_split_parameters_are_refused(strategy):
     callback = HesScaleCallback()
     trainer = SimpleNamespace(strategy=strategy.__new__(strategy), callbacks=[callback])
-    with pytest.raises(MisconfigurationException, match=f"{strategy.__name__}.*Use strategy='ddp'"):
+    with pytest.raises(
+        MisconfigurationException, match=f"{strategy.__name__}.*Use strategy='ddp'.*ModelParallelStrategy"
+    ):
         callback.setup(trainer, Classifier(make_net()), "fit")
 
 
@@ -492,6 +494,13 @@ def test_a_run_that_crashed_and_resumed_in_the_middle_of_an_epoch_ends_as_an_uni
 
 def test_the_state_is_kept_apart_from_that_of_another_method():
     assert HesScaleCallback().state_key != HesScaleCallback(method="bl89").state_key
+
+
+@pytest.mark.parametrize("methods", [("hesscale", "hesscale"), ("hesscale", "bl89")])
+def test_two_callbacks_in_one_trainer_are_refused_in_plain_words(methods):
+    trainer = make_trainer(*map(HesScaleCallback, methods))  # Lightning's own check is about two states of one name
+    with pytest.raises(MisconfigurationException, match="Found 2 HesScaleCallbacks, expected one: each would add"):
+        trainer.fit(Classifier(make_net()), make_loader(make_batches(2)))
 
 
 def test_one_trainer_can_fit_twice():

@@ -41,8 +41,11 @@ def test_the_installed_version_is_the_packages_own():
     assert metadata.version("hesscale_lightning") == hesscale_lightning.__version__
 
 
-def test_the_package_ships_its_types():
-    assert (Path(hesscale_lightning.__file__).parent / "py.typed").is_file()
+@pytest.mark.parametrize("package", ["hesscale_lightning", "sb3_integration"])
+def test_the_package_ships_its_types(package):
+    assert (ROOT / package / "py.typed").is_file()
+    package_data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    assert package_data[package] == ["py.typed"]
 
 
 def pins() -> dict[str, str]:

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from hesscale_lightning.optim import AdaHesScale
+from hesscale_lightning.optim.sharded import is_distributed
 from hesscale_lightning.trainer.compiled_training import CompiledStepMixin
 
 
@@ -57,6 +59,29 @@ class HesScaleModule(CompiledStepMixin):
         self.test_metrics = collection.clone(prefix="test/")
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+
+    def configure_model(self) -> None:
+        """Under ModelParallelStrategy, split every layer of the network between the processes (``fully_shard``).
+
+        Raises:
+            MisconfigurationException: With ``tensor_parallel_size`` above 1: how a network's products are to be split,
+                only a module of your own can say.
+        """
+        mesh = self.device_mesh
+        if mesh is None or any(is_distributed(p) for p in self.net.parameters()):
+            return
+        if mesh["tensor_parallel"].size() > 1:
+            raise MisconfigurationException(
+                f"HesScaleModule found tensor_parallel_size={mesh['tensor_parallel'].size()}, expected 1: it splits "
+                "parameters with fully_shard alone. Set data_parallel_size to the number of processes, or override "
+                "configure_model and call parallelize_module there."
+            )
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in self.net.modules():
+            if layer is not self.net and list(layer.parameters(recurse=False)):
+                fully_shard(layer, mesh=mesh["data_parallel"])
+        fully_shard(self.net, mesh=mesh["data_parallel"])
 
     def forward(self, x: Tensor) -> Tensor:
         """Predict.

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hesscale_lightning.compiled_step.capture import CaptureError
+from hesscale_lightning.compiled_step.guards import refuse_split
 from hesscale_lightning.compiled_step.programs import Backend
 from hesscale_lightning.compiled_step.step import OnFailure, Settings, ShortBatch, Step
 from hesscale_lightning.curvature.engine import Method
@@ -82,7 +83,8 @@ def compile_step(
         The step, to be called with a batch: tensors, numbers, strings, and nested tuples, lists and dicts of them.
 
     Raises:
-        ValueError: An argument is out of its range.
+        ValueError: An argument is out of its range; here or from ``step``, if the module's parameters are split between
+            processes.
         CaptureError: From ``step``, with ``on_failure="raise"``: the step cannot become a program.
         UnsupportedOperationError: From ``step``: an operation between the loss and a parameter has no curvature rule.
 
@@ -108,6 +110,7 @@ def compile_step(
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
     if loss_fn is not None and not callable(loss_fn):
         raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
+    refuse_split(module)
     modules = [module, loss_fn] if isinstance(loss_fn, nn.Module) else [module]
     return Step(
         modules,

@@ -79,7 +79,7 @@ def _capturing() -> Iterator[None]:
     """The process's state while a step is captured, and back to what it was."""
     with ExitStack() as stack:
         stack.enter_context(_lock)
-        stack.enter_context(torch.compiler._compile_session_context())
+        stack.enter_context(_compiling())
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))  # backward where tracing is
         stack.enter_context(torch.random.fork_rng(devices=[]))
         validates = Distribution._validate_args
@@ -93,6 +93,16 @@ def _capturing() -> Iterator[None]:
             engine._structures = structures
             _structures.clear()
             torch.clear_autocast_cache()  # of casts of fake weights
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Lets ``torch.compiler.is_compiling()`` say so; torch before 2.13 has no context of its own for that."""
+    earlier, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = earlier
 
 
 @contextmanager

@@ -9,8 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from hesscale_lightning.curvature.sharding import sharded_modules
+from hesscale_lightning.curvature.tensor_parallel import is_distributed
+
 Spec = Any  # how a batch is put together from its leaves
 TENSORS = "tensors"  # the usual spec: the batch is a sequence of tensors
+
+
+def refuse_split(root: nn.Module) -> None:
+    """Raises ValueError if parameters are split between processes: a program would have one process's part of them."""
+    for name, module in root.named_modules():
+        if module in sharded_modules or any(is_distributed(p) for p in module._parameters.values()):
+            raise ValueError(
+                f"compile_step found parameters of {name or type(root).__name__!r} that are sharded between processes "
+                "(fully_shard or tensor parallelism), expected whole ones: use attach(loss) before loss.backward()"
+            )
 
 
 class ModuleState:
@@ -36,6 +49,7 @@ class ModuleState:
         self._read()
 
     def _read(self) -> None:
+        refuse_split(self._root)
         modules = self._modules = list(self._root.modules())
         self._dicts = [d for m in modules for d in (m._parameters, m._buffers, m._modules)]
         self._hooks = [d for m in modules for d in (m._forward_hooks, m._forward_pre_hooks)]

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from hesscale_lightning._torch_names import INDUCTOR, require
 from hesscale_lightning.compiled_step.capture import Captured, CaptureError
 
 Backend = Literal["inductor", "eager"]
@@ -30,12 +31,14 @@ def compile_graph(captured: Captured, backend: Backend, options: dict[str, Any] 
 
     Raises:
         CaptureError: There is no C++ compiler.
+        ImportError: The installed torch's Inductor lacks a name that is used here.
         Exception: What Inductor raises.
     """
     graph = captured.graph
     on_cpu = all(x.device.type == "cpu" for x in captured.inputs)
     if backend == "eager":
         return lambda args: graph(*args)
+    require(INDUCTOR)
     if on_cpu and not has_compiler():
         raise CaptureError(
             "Inductor needs a C++ compiler, and found none: install g++ or clang++ (Debian: apt install g++), or name "

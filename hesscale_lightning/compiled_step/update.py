@@ -24,14 +24,14 @@ from hesscale_lightning.optim.gradient_rescaling import GroupScale
 from hesscale_lightning.optim.hyperparameters import learning_rate
 from hesscale_lightning.optim.normalized_update import Batch, mean_curvature
 from hesscale_lightning.optim.parameter_state import new_state
-from hesscale_lightning.optim.radius import CALIBRATION_KEY, UNCALIBRATED, Regions, calibration
+from hesscale_lightning.optim.radius import CALIBRATION_KEY, Calibration, Regions
 from hesscale_lightning.optim.step_record import StepRecord
 
 _CHANGING = frozenset({"lr", "lr_scale", "differentiable"})  # the last one is torch's, and comes with a loaded state
 # Numbers on the host for each param group: the learning rate, four sums of clipping factors, and of a measured radius
-# one over the calibration and the two sums that its average unit is made of.
-_PER_GROUP = 8
-_TOLD = 6  # numbers that a program returns for each param group, without the sums of clipping factors
+# the calibration and the sums that its average unit and the gradient's average squared norm are made of.
+_PER_GROUP = 10
+_TOLD = 9  # numbers that a program returns for each param group, without the sums of clipping factors
 
 
 def can_be_captured(optimizer: Optimizer | None) -> bool:
@@ -69,34 +69,42 @@ class _CapturedRegions(Regions):
 
     Args:
         regions: The optimizer's.
-        known: By param group, one over the calibration and the sums of the average unit.
+        known: By param group, the calibration and the sums of the two averages.
     """
 
     def __init__(self, regions: Regions, known: list[list[Tensor]]) -> None:
         super().__init__(regions.key)
         self.radii = regions.radii
-        self.known = known
+        self.factors = [values[0] for values in known]
+        self.known = [Calibration(0, 0.0, 0.0, v[1], v[2], v[3], v[4]) for v in known]
 
     def limit(self, index: int, group: dict[str, Any]) -> Any:
         """As a scalar tensor where the radius is measured."""
         radius, delta = self.radii[index], group[self.key]
         if radius is None:
             return delta
-        factor, units, weight = self.known[index]
+        known = self.known[index]
         if not callable(radius.unit):
-            return delta * radius.unit * factor
+            return delta * radius.unit / self.factors[index]
         unit = radius.unit()
         if type(unit) is not FakeTensor:
             raise CaptureError(
                 "the unit of the optimizer's radius is a number on the host, which a program cannot ask for at every "
                 "step: return a tensor that is computed in the step"
             )
+        units, weight = known.units, known.unit_weight
         unit = unit.to(units)
         useful = (unit > 0) & unit.isfinite()
         units = (radius.unit_decay * units + (1 - radius.unit_decay) * unit).where(useful, units)
         weight = (radius.unit_decay * weight + (1 - radius.unit_decay)).where(useful, weight)
-        self.known[index] = [factor, units, weight]
-        return delta * units / weight * factor
+        self._learn(index, group, known._replace(units=units, unit_weight=weight))
+        return delta * units / weight / self.factors[index]
+
+    def _known(self, index: int, group: dict[str, Any]) -> Calibration:
+        return self.known[index]
+
+    def _learn(self, index: int, group: dict[str, Any], known: Calibration) -> None:
+        self.known[index] = known
 
 
 class Update:
@@ -143,7 +151,7 @@ class Update:
         """What the program is made for."""
         names = self._options
         groups, radii = self.optimizer.param_groups, self.optimizer.radii
-        measured = [None if r is None else (id(r), r.full_rate, r.unit_decay) for r in radii]
+        measured = [None if r is None else (id(r), r.full_rate, r.unit_decay, r.noise_decay) for r in radii]
         return tuple(
             [
                 (*[tuple(value) if isinstance(value := group[name], list) else value for name in names], radius)
@@ -156,7 +164,7 @@ class Update:
 
         Returns:
             The averages of all parameters, which are inputs of the program and are changed by it; the numbers on the
-            host, of shape [5 groups + 2 pairs of counts], float64; for each parameter the pair of counts that is its.
+            host, of shape [10 groups + 2 pairs of counts], float64; for each parameter the pair of counts that is its.
         """
         state, params = self.optimizer.state, self._params
         states = [state[params[k]] for k in self.order]
@@ -170,11 +178,11 @@ class Update:
         for group in self.optimizer.param_groups:
             values.append(learning_rate(group))
             values += group[CLIPPING_KEY]
-            *_, units, unit_weight = group.get(CALIBRATION_KEY, UNCALIBRATED)
-            values += [1 / (calibration(group) or 1.0), units, unit_weight]
-        known: dict[tuple[float, float], int] = {}
-        count_of = tuple([known.setdefault((s["step"].item(), s["hess_step"].item()), len(known)) for s in states])
-        for counts in known:
+            known = Calibration.of(group)
+            values += [known.factor or 1.0, *known[3:7]]
+        pairs: dict[tuple[float, float], int] = {}
+        count_of = tuple([pairs.setdefault((s["step"].item(), s["hess_step"].item()), len(pairs)) for s in states])
+        for counts in pairs:
             values += counts
         averages = [s[name] for s in states for name in ("exp_avg", "exp_avg_hess")]
         return averages, torch.tensor(values, dtype=torch.float64), count_of
@@ -207,9 +215,10 @@ class Update:
             else:
                 clipping_weights(group, 1.0, refreshing=refreshing)
             if optimizer.radii[k] is not None:
-                steps, logs, weight, *_ = group.get(CALIBRATION_KEY, UNCALIBRATED)
-                units = [x.item() for x in results[width * k + 4 : width * k + _TOLD]]
-                group[CALIBRATION_KEY] = (steps + (not measured), logs, weight, *units)
+                known = Calibration.of(group)
+                sums = [x.item() for x in results[width * k + 5 : width * k + _TOLD]]
+                counted = (known.steps + (not measured), *known[1:3], *sums, *known[7:])
+                group[CALIBRATION_KEY] = counted
         latest = _Records(self, results, records, width)
         if measured:
             optimizer._latest = list(latest)
@@ -244,9 +253,9 @@ class Update:
             factor: What the gradients have been multiplied by to clip them; None without ``max_grad_norm``.
 
         Returns:
-            For each group the step's size, the trust region's factor, the clipping factor, ``sum D u^2``, the sums of
-            the average unit, and if there is clipping the four new sums of factors; and the groups' records as far as
-            every step has the same.
+            For each group the step's size, the trust region's factor, the clipping factor, ``sum D u^2``, the part of
+            the region, the sums of the two averages, and if there is clipping the four new sums of factors; and the
+            groups' records as far as every step has the same.
         """
         refreshing = any(h is not None for h in diagonals)
         missing = [k for k in self.order if grads[k] is None or (refreshing and diagonals[k] is None)]
@@ -291,8 +300,10 @@ class Update:
                 clipping = factor.where(torch.as_tensor(telling, device=device) > 0, 1.0)
             record = stand_in._update_group(g, GroupScale(clipping, 1.0), found)
             rule = record.rule._replace(clipping=(1.0, 1.0), floor=0.0)
-            records.append(replace(record, batches=(), rule=rule, size=1.0, scale=1.0, along=0.0, clipping=1.0))
-            told = [record.size, record.scale, record.clipping, record.along, *regions.known[g][1:]]
+            records.append(
+                replace(record, batches=(), rule=rule, size=1.0, scale=1.0, along=0.0, clipping=1.0, signal=1.0)
+            )
+            told = [record.size, record.scale, record.clipping, record.along, record.signal, *regions.known[g][3:7]]
             if factor is not None:
                 told += options[CLIPPING_KEY]
             results += [torch.as_tensor(x, dtype=torch.float64, device=device).clone() for x in told]
@@ -316,7 +327,8 @@ class _Records:
         update, place = self._update, 0
         groups = zip(update.optimizer.param_groups, update.members, self._records, strict=True)
         for g, (group, members, record) in enumerate(groups):
-            size, scale, clipping, along = (x.item() for x in self._results[self._width * g : self._width * g + 4])
+            first = self._width * g
+            size, scale, clipping, along, signal = (x.item() for x in self._results[first : first + 5])
             batches = _batches([update._params[k] for k in members], update._states[place : place + len(members)])
             place += len(members)
             grad_sum, grad_weight, hess_sum, hess_weight = group[CLIPPING_KEY]
@@ -324,7 +336,8 @@ class _Records:
             rule = record.rule._replace(clipping=weights)
             if group["damping"]:
                 rule = rule._replace(floor=group["damping"] * mean_curvature(batches, rule))
-            yield replace(record, batches=batches, rule=rule, size=size, scale=scale, along=along, clipping=clipping)
+            record = replace(record, batches=batches, rule=rule, size=size, scale=scale)
+            yield replace(record, along=along, clipping=clipping, signal=signal)
 
 
 def _batches(params: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]) -> list[Batch]:

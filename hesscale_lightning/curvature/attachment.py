@@ -25,8 +25,9 @@ from torch.autograd import Variable
 from hesscale_lightning.curvature.capturing import address_of
 from hesscale_lightning.curvature.gradient_hooks import Watch, ours, suspected
 from hesscale_lightning.curvature.graph import Node
+from hesscale_lightning.curvature.held_groups import Held
 from hesscale_lightning.curvature.precision import HALF
-from hesscale_lightning.curvature.sharding import Held
+from hesscale_lightning.curvature.tensor_parallel import is_distributed, laid_out_like
 
 will_execute = torch._C._will_engine_execute_node
 
@@ -47,6 +48,7 @@ class Attachment:
     _watch: Watch | None = None  # whether a hook changes a gradient, where that may be
     _fresh: Set[int] = frozenset()  # cells of the leaves that had no gradient when backward began
     held: Held | None = None  # sharded parameters, where there are some
+    split = False  # whether some of the parameters are DTensors, by tensor parallelism
 
     def __init__(self, device_type: str) -> None:
         self._device_type = device_type
@@ -175,7 +177,9 @@ class Attachment:
             h = arrived[cell]
             if self.held is not None and self.held.takes(tensor, h, cell in fresh):
                 continue
-            if (
+            if self.split and is_distributed(tensor):
+                h = laid_out_like(tensor, h)
+            elif (
                 h is None
                 or h.stride() != tensor.stride()
                 or (dtype := h.dtype) is not tensor.dtype

@@ -31,8 +31,9 @@ from hesscale_lightning.curvature.planning import (
 from hesscale_lightning.curvature.program import Program, compile_program
 from hesscale_lightning.curvature.recorded_operation import RecordedOperation, Recording
 from hesscale_lightning.curvature.registry import find_rule
-from hesscale_lightning.curvature.sharding import hold, refuse_distributed_loss, sharded_modules
+from hesscale_lightning.curvature.sharding import hold, sharded_modules
 from hesscale_lightning.curvature.structure import MOST_NODES, Met, Structure, StructureCache, fingerprint, slots_of
+from hesscale_lightning.curvature.tensor_parallel import is_split, refuse_distributed_loss
 
 Method = Literal["hesscale", "hesscale_gn", "bl89", "hesscale_rank1"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -240,7 +241,8 @@ def _armed(loss: Tensor, root: Node, wanted: dict[int, Tensor] | None, method: s
     if found.index[root] < 0:
         return Attachment(device_type)
     slots, structure, visits, facts = {}, None, 0, {}
-    if not inner and len(found.edges) <= MOST_NODES:
+    split = is_split(root, found, method)
+    if not inner and not split and len(found.edges) <= MOST_NODES:
         slots = slots_of(found)
         if recognised is None:
             structure = _structures.known(key, fingerprint(found, slots))
@@ -262,6 +264,7 @@ def _armed(loss: Tensor, root: Node, wanted: dict[int, Tensor] | None, method: s
     interpreted = _interpreter(device_type, root, found, inner, method, recording)
     if recording is not None and structure is not None:
         interpreted.when_recorded(partial(_write, structure, recording, found, slots, wanted is None, facts))
+    interpreted.split = split
     interpreted.watched(loss, found.nodes)
     return interpreted
 

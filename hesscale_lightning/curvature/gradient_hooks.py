@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hesscale_lightning.curvature.graph import AccumulateGrad, Node
 from hesscale_lightning.curvature.precision import HALF
+from hesscale_lightning.curvature.tensor_parallel import is_distributed
 
 #: What torch puts before and behind a module with full backward hooks: the identity, with these hooks on its results.
 _IDENTITY = "BackwardHookFunctionBackward"
@@ -159,14 +160,18 @@ def _sum(parts: list[tuple[Tensor, int]]) -> Tensor:
     return total
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _same(a: Any, b: Any) -> bool:
     if a is b:
         return True
+    if is_distributed(a) and is_distributed(b):  # two wrappers without memory of their own
+        parts = a.placements == b.placements
+        return _same(a.to_local(), b.to_local()) if parts else _same(a.full_tensor(), b.full_tensor())
     if a.shape != b.shape:  # torch itself sums a gradient to the shape of what it belongs to
         if a.dim() < b.dim() or a.numel() < b.numel():
             return False
         a = a.sum_to_size(b.shape)
     if a.layout is torch.strided is b.layout and a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
-        return a.numel() == 0 or a.data_ptr() != 0
+        return bool(a.numel() == 0 or a.data_ptr() != 0)
     rtol = 2e-2 if a.dtype in HALF or b.dtype in HALF else 1e-5
-    return torch.allclose(a, b.to(a.dtype), rtol=rtol, atol=0, equal_nan=True)
+    alike: bool = torch.allclose(a, b.to(a.dtype), rtol=rtol, atol=0, equal_nan=True)
+    return alike

@@ -1,49 +1,43 @@
-"""Parameters that are spread over processes: FSDP2's ``fully_shard``; DTensors in a graph are refused.
+"""Parameters that FSDP2's ``fully_shard`` spreads over processes.
 
 In the graph of a loss the leaves are whole parameters that exist while a group of modules runs; what the optimizer
 holds are their shards, DTensors. For one backward pass the groups in the graph are gathered and held (:class:`Held`):
 curvature reads whole parameters as late as at the end of backward, and FSDP2 frees them earlier. Then every whole
-diagonal is averaged over the processes as gradients are, ``h = mean_r h_r``, and each process keeps its shard.
+diagonal is averaged over the processes as gradients are, ``h = mean_r h_r``, and each process keeps its shard
+(:mod:`.held_groups`).
 
-All private names of torch on which this depends are used in this module.
+What is read of FSDP2 that is not public is listed in :mod:`.sharding_names`.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.distributed._composable_state import _module_state_mapping
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from hesscale_lightning.curvature.graph import AccumulateGrad, Node, trace
-from hesscale_lightning.curvature.precision import HALF
+from hesscale_lightning.curvature.held_groups import Held, missing_members
+from hesscale_lightning.curvature.sharding_names import check_group, groups_of, no_states, sharded_module_states
+from hesscale_lightning.curvature.tensor_parallel import is_distributed
 
+
+class _Unknown(dict[Any, Any]):
+    """Stands for the sharded modules where torch does not tell: there may be some as soon as there are DTensors."""
+
+    def __bool__(self) -> bool:
+        return "torch.distributed.tensor" in sys.modules
+
+
+_states_of_modules = sharded_module_states()
 #: Modules under ``fully_shard``, empty in a process that has none: what an ordinary step asks.
-sharded_modules = _module_state_mapping
+sharded_modules: MutableMapping[Any, Any] = _Unknown() if _states_of_modules is None else _states_of_modules
 
-_PLAIN = (Tensor, nn.Parameter)
-
-
-def is_distributed(tensor: Any) -> bool:
-    """Whether it is a DTensor; without the import where there can be none."""
-    if type(tensor) in _PLAIN:
-        return False
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def refuse_distributed_loss(loss: Any) -> None:
-    """Raises for a DTensor: sums over its parts would be taken for sums over the whole."""
-    if is_distributed(loss):
-        raise RuntimeError(
-            f"the loss is a DTensor with placements {loss.placements}: curvature through DTensors (tensor parallelism) "
-            "is not supported. Use DDP or fully_shard without tensor parallelism"
-        )
+#: What FSDP2 puts before a module: its backward frees the module's parameters and reduces their gradients.
+BARRIER = "RegisterPostBackwardFunctionBackward"
 
 
 def hold(root: Node, wanted: dict[int, Tensor] | None, method: str) -> tuple[Held | None, dict[int, Tensor] | None]:
@@ -58,14 +52,17 @@ def hold(root: Node, wanted: dict[int, Tensor] | None, method: str) -> tuple[Hel
         What holds them, None if there are none in this graph, and the tensors that stand in the graph for the wanted
         ones.
     """
+    if type(sharded_modules) is _Unknown:
+        _refuse_unknown(root, wanted)
+        return None, wanted
     states = _states()
+    records = [(part, group, state) for state in states for group in groups_of(state) for part in group.fsdp_params]
     by_whole = {
         id(part._unsharded_param): (part, group, state)
-        for state in states
-        for group in state._fsdp_param_groups
-        for part in group.fsdp_params
+        for part, group, state in records
         if hasattr(part, "_unsharded_param")
     }
+    asked = wanted
     if wanted is not None:
         by_shard = {id(part.sharded_param): part._unsharded_param for part, _, _ in by_whole.values()}
         wholes = [by_shard.get(key, tensor) for key, tensor in wanted.items()]
@@ -73,42 +70,34 @@ def hold(root: Node, wanted: dict[int, Tensor] | None, method: str) -> tuple[Hel
     nodes = trace(root, None).nodes
     variables = [node.variable for node in nodes if type(node) is AccumulateGrad]
     parts = {id(v): by_whole[id(v)] for v in variables if id(v) in by_whole}
-    if wanted is not None and any(is_distributed(t) or key in by_whole for key, t in wanted.items()):
+    if wanted is not None and (parts or any(is_distributed(t) or key in by_whole for key, t in wanted.items())):
         reached = wanted.keys() & {id(v) for v in variables}
-        if not reached:
+        if not reached and not any(t.grad_fn is not None for t in wanted.values()):
             raise RuntimeError(
                 f"none of the {len(wanted)} parameters is in the graph of this loss: expected parameters of the model "
                 "that computed it. Pass list(model.parameters()), of the model after fully_shard"
             )
     if not parts:
         return None, wanted
-    for whole in variables:
-        if is_distributed(whole):
-            raise RuntimeError(
-                f"a parameter of shape {tuple(whole.shape)} is a DTensor inside fully_shard (tensor parallelism), "
-                "which curvature does not support: use fully_shard alone"
-            )
     if method == "hesscale_rank1":
         raise ValueError(
             "method 'hesscale_rank1' is not supported with fully_shard, expected 'hesscale', 'hesscale_gn' or 'bl89'"
         )
-    reached_models = {id(state._state_ctx) for _, _, state in parts.values()}
-    trained = {id(state._state_ctx) for part, _, state in by_whole.values() if part.sharded_param.requires_grad}
-    groups = [
-        group
-        for state in states
-        if id(state._state_ctx) in reached_models or id(state._state_ctx) not in trained  # frozen ones have no leaves
-        for group in state._fsdp_param_groups
-        if all(hasattr(part, "_unsharded_param") for part in group.fsdp_params)
+    models = {id(state._state_ctx) for _, _, state in parts.values()}
+    groups = [group for state in states if id(state._state_ctx) in models for group in groups_of(state)]
+    _refuse_scaled(groups)
+    members = [
+        (part, group)
+        for part, group, state in records
+        if id(state._state_ctx) in models
+        and part.sharded_param.requires_grad
+        and (asked is None or not asked.keys().isdisjoint((id(part.sharded_param), id(_whole(part)))))
     ]
-    for group in groups:
-        factor = getattr(group, "gradient_divide_factor", None)
-        if factor is not None:
-            raise RuntimeError(
-                f"set_gradient_divide_factor({factor}) is set on a sharded module, and diagonals are averaged over the "
-                "processes: remove it, and scale the loss instead"
-            )
-    held = Held({key: part for key, (part, _, _) in parts.items()}, groups)
+    elsewhere = missing_members(members, parts)
+    # Of frozen modules no leaf tells; those that gradients pass have their group in the graph.
+    passed = {id(group): group for node in nodes if (group := _group_at(node)) is not None}
+    groups += [group for key, group in passed.items() if key not in set(map(id, groups))]
+    held = Held(members, elsewhere, [group for group in groups if all(map(_whole_is_known, group.fsdp_params))])
     try:
         with no_recomputation():
             _refuse_recomputed(nodes)
@@ -118,10 +107,46 @@ def hold(root: Node, wanted: dict[int, Tensor] | None, method: str) -> tuple[Hel
     return held, wanted
 
 
+def _refuse_scaled(groups: Sequence[Any]) -> None:
+    for group in groups:
+        factor = getattr(group, "gradient_divide_factor", None)
+        if factor is not None:
+            raise RuntimeError(
+                f"set_gradient_divide_factor({factor}) is set on a sharded module, and diagonals are averaged over the "
+                "processes: remove it, and scale the loss instead"
+            )
+
+
+def _refuse_unknown(root: Node, wanted: dict[int, Tensor] | None) -> None:
+    """Raises where a graph may have sharded modules and this torch does not tell which they are."""
+    nodes = trace(root, None).nodes
+    leaves = {id(node.variable) for node in nodes if type(node) is AccumulateGrad}
+    shards = [t for key, t in (wanted or {}).items() if is_distributed(t) and key not in leaves]
+    if shards or any(type(node).__name__ == BARRIER for node in nodes):
+        raise no_states()
+
+
+def _whole(part: Any) -> Any:
+    return getattr(part, "_unsharded_param", None)
+
+
+def _whole_is_known(part: Any) -> bool:
+    return hasattr(part, "_unsharded_param")
+
+
+def _group_at(node: Node) -> Any:
+    """The group of the module before which FSDP2 has put a node."""
+    return getattr(node, "param_group", None) if type(node).__name__ == BARRIER else None
+
+
 def _states() -> list[Any]:
     """Of the sharded modules, in the order in which they were sharded, which is that of all processes."""
     states = {id(state): state for ref in sharded_modules.values() if (state := ref()) is not None}
-    return [state for state in states.values() if hasattr(state, "_fsdp_param_groups")]
+    found = [state for state in states.values() if type(state).__name__ == "FSDPState"]
+    for state in found:
+        for group in groups_of(state):
+            check_group(group)
+    return found
 
 
 def _refuse_recomputed(nodes: Sequence[Node]) -> None:
@@ -157,75 +182,3 @@ def no_recomputation() -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-class Held:
-    """Groups of whole parameters that stay gathered until a backward pass has ended.
-
-    Args:
-        parts: By the ``id`` of a whole parameter, FSDP2's record of it.
-        groups: All that the graph may refer to, those of frozen parameters as well.
-    """
-
-    def __init__(self, parts: dict[int, Any], groups: list[Any]) -> None:
-        self._parts = parts
-        self._groups = groups
-        self._frees: list[bool] = []  # whether FSDP2 frees each group in backward, once that has begun
-        self._arrived: list[tuple[Any, Tensor, Tensor | None, bool]] = []
-        self._gather()
-
-    def _gather(self) -> None:
-        for group in self._groups:
-            group.unshard()
-            group.wait_for_unshard()
-
-    def begin(self) -> None:
-        """Gathers again what another forward or backward pass has freed since, and keeps it from being freed."""
-        self._gather()
-        self._frees = [group.reshard_after_backward for group in self._groups]
-        for group in self._groups:
-            group.reshard_after_backward = False
-
-    def __del__(self) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Hands the groups back to FSDP2, which frees those that have yet to pass backward's end itself."""
-        state = sys.modules["torch.distributed.fsdp._fully_shard._fsdp_common"].TrainingState
-        for group, frees in zip(self._groups, self._frees, strict=False):
-            group.reshard_after_backward = frees
-        for group in self._groups:
-            if group.reshard_after_backward and group._training_state != state.PRE_BACKWARD:
-                group.reshard()
-        self._groups = []
-
-    def fresh(self, leaf: Tensor) -> bool:
-        """Whether the gradient of a leaf starts anew."""
-        if id(leaf) not in self._parts:
-            return leaf.grad is None
-        part = self._parts[id(leaf)]
-        return part.sharded_param.grad is None and leaf.grad is None and part.unsharded_accumulated_grad is None
-
-    def takes(self, leaf: Tensor, h: Tensor | None, fresh: bool) -> bool:
-        """Keeps what arrived at a whole parameter for :meth:`scatter`; False for any other leaf."""
-        if id(leaf) not in self._parts:
-            return False
-        if h is not None and h.shape != leaf.shape:
-            raise RuntimeError(f"curvature of shape {tuple(h.shape)} arrived at a tensor of shape {tuple(leaf.shape)}")
-        self._arrived.append((self._parts[id(leaf)], leaf, h, fresh))
-        return True
-
-    def scatter(self) -> None:
-        """Averages what arrived over the processes, and adds each process's part to its shard's ``hess_diag``."""
-        from torch.distributed.tensor import DTensor, Partial
-
-        for part, leaf, h, fresh in self._arrived:
-            shard = part.sharded_param
-            dtype = torch.float32 if shard.dtype in HALF else shard.dtype
-            whole = torch.zeros(leaf.shape, dtype=dtype, device=leaf.device) if h is None else h.to(dtype)
-            mesh = shard.device_mesh
-            spread = DTensor.from_local(whole.contiguous(), mesh, [Partial("avg")] * mesh.ndim, run_check=False)
-            mine = spread.redistribute(placements=shard.placements)
-            earlier = None if fresh else getattr(shard, "hess_diag", None)
-            shard.hess_diag = mine if earlier is None else earlier + mine
-        self._arrived = []

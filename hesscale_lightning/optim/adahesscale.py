@@ -14,17 +14,32 @@ from hesscale_lightning.optim.curvature_average import Denominator, refresh_aver
 from hesscale_lightning.optim.diagonals import clear_diagonals, missing_diagonal_error, peek_diagonal
 from hesscale_lightning.optim.gradient_rescaling import GradientRescaling, GroupScale
 from hesscale_lightning.optim.hyperparameters import check_options, learning_rate, use_foreach
-from hesscale_lightning.optim.normalized_update import Batch, UpdateRule, mean_curvature, normalized_update
+from hesscale_lightning.optim.normalized_update import (
+    Batch,
+    UpdateRule,
+    average_norm_square,
+    mean_curvature,
+    normalized_update,
+)
 from hesscale_lightning.optim.parameter_state import new_state, restored
 from hesscale_lightning.optim.radius import CalibratedRadius, Made, Regions, calibration, host_rate
-from hesscale_lightning.optim.sharded import check_placements, is_distributed, layout, local, refuse_radius, total
+from hesscale_lightning.optim.sharded import (
+    check_placements,
+    is_distributed,
+    is_trial,
+    layout,
+    local,
+    place_gradients,
+    refuse_radius,
+    total,
+)
 from hesscale_lightning.optim.step_record import StepRecord, describe
-from hesscale_lightning.optim.tensor_lists import add_one, beside, multiply, never_compiled, subtract
+from hesscale_lightning.optim.tensor_lists import add_one, beside, multiply, never_compiled, norm_square, subtract
 from hesscale_lightning.optim.trust_region import flatten_statistics, trust_region_scale
 
 
-def _own_state(state_dict: StateDict) -> StateDict:
-    """The state dict, which has to be of this kind of optimizer."""
+def _check_kind(state_dict: StateDict) -> None:
+    """Raises if it is not the state of this kind of optimizer."""
     for state in state_dict["state"].values():
         if state and "exp_avg_hess" not in state:
             raise ValueError(
@@ -41,7 +56,6 @@ def _own_state(state_dict: StateDict) -> StateDict:
                 f"{options}, expected max_update and delta among them. Load the network's parameters alone, and let "
                 "the averages start anew"
             )
-    return state_dict
 
 
 @dataclass(slots=True)
@@ -192,6 +206,7 @@ class AdaHesScale(Optimizer):
         self._radius = radius
         self._latest: list[StepRecord] = []
         self._buffers: dict[Tensor, Tensor] = {}
+        self._on_trial = False  # whether the state is that of a trial step, which nothing has been loaded into
         self.awaits_diagonals = True
         super().__init__(params, defaults)
 
@@ -231,6 +246,7 @@ class AdaHesScale(Optimizer):
         self._regions.radii += [None] * (len(self.param_groups) - len(self._regions.radii))
         self._latest = []
         self._buffers = {}
+        self._on_trial = False
         self.awaits_diagonals = True
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -239,11 +255,12 @@ class AdaHesScale(Optimizer):
         Unlike torch's own optimizers it keeps float32 averages of half-precision parameters at full precision.
 
         Raises:
-            ValueError: if it is the state of another kind of optimizer. Nothing is loaded then.
+            ValueError: if it is the state of another kind of optimizer, or its ``delta`` is measured in something else.
+                Nothing is loaded then.
         """
         loaded: StateDict = {}
         # Registered last, so it sees the dictionary as all other hooks have left it.
-        handle = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(_own_state(final)))
+        handle = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(self._own_state(final)))
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -252,6 +269,14 @@ class AdaHesScale(Optimizer):
             for param, key in zip(group["params"], saved["params"], strict=True):
                 for name, value in loaded["state"].get(key, {}).items():
                     self.state[param][name] = restored(value, name, param, capturable=group["capturable"])
+                if param in self.state and self.state[param].get("step") == 0:  # saved before the first step
+                    del self.state[param]
+        self._on_trial = False
+
+    def _own_state(self, state_dict: StateDict) -> StateDict:
+        _check_kind(state_dict)
+        self._regions.check_saved(state_dict["param_groups"])
+        return state_dict
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients and drop the diagonals of all optimized parameters."""
@@ -299,6 +324,12 @@ class AdaHesScale(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._on_trial:
+            self.state.clear()
+            self._on_trial = False
+        if not self.state and is_trial(self.param_groups):
+            self._make_state()
+            return loss
         gathered = [self._gather(index) for index in range(len(self.param_groups))]
         self._latest = [
             self._update_group(index, scale, found)
@@ -311,9 +342,19 @@ class AdaHesScale(Optimizer):
         return loss
 
     @never_compiled
+    def _make_state(self) -> None:
+        """The state of a trial step, for a checkpoint to be loaded into; the first real step begins anew."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self.state[param] = new_state(param, capturable=group["capturable"])
+        self._on_trial = True
+
+    @never_compiled
     def _gather(self, group_index: int) -> _Gathered:
         """Collect and check one group's gradients and diagonals, changing nothing."""
         group = self.param_groups[group_index]
+        place_gradients(group["params"])
         found: _Gathered = []
         for index, param in enumerate(group["params"]):
             grad = param.grad
@@ -346,17 +387,24 @@ class AdaHesScale(Optimizer):
         updates = [normalized_update(batch, rule, foreach=foreach, buffers=self._buffers) for batch in batches]
         scale: float | Tensor = 1.0
         along: float | Tensor = 0.0
+        signal: float | Tensor = 1.0
         if delta is not None and updates:
             parts = [total(u.curvature_along, b.where) for u, b in zip(updates, batches, strict=True)]
             along = parts[0]
             for part in parts[1:]:
                 along = along + beside(part, along)
-            scale = trust_region_scale(delta, along if measured else along * lr * lr)
+            if self._regions.compares_noise(index):
+                average, square = average_norm_square(batches, rule), norm_square([grad for _, grad, _ in found])
+                signal = self._regions.signal(index, group, average, square, clipping)
+                scale = trust_region_scale(delta, along, longest=math.inf) * signal
+            else:
+                scale = trust_region_scale(delta, along if measured else along * lr * lr)
         for batch, update in zip(batches, updates, strict=True):
             if group["weight_decay"] != 0 and not measured:
                 multiply(batch.params, 1 - lr * group["weight_decay"], foreach=foreach)
             subtract(batch.params, update.directions, lr * scale * update.gain, foreach=foreach)
-        return StepRecord(batches, rule, lr * scale, scale, along, grad_scale.clipping, foreach, group["maximize"])
+        size, maximize = lr * scale, group["maximize"]
+        return StepRecord(batches, rule, size, scale, along, grad_scale.clipping, foreach, maximize, signal)
 
     def _rate(self, index: int) -> float | Tensor:
         radius = self._regions.radii[index]
@@ -371,7 +419,7 @@ class AdaHesScale(Optimizer):
 
         def made(index: int) -> Made:
             record = latest[index]
-            return Made(record.along * record.size * record.size / 2, record.scale)
+            return Made(record.along * record.size * record.size / 2, record.scale, record.signal)
 
         for index, factor in self._regions.observe(self.param_groups, made, rates).items():
             record = latest[index]

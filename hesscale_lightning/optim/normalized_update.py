@@ -24,7 +24,14 @@ import torch
 from torch import Tensor
 
 from hesscale_lightning.optim.sharded import total
-from hesscale_lightning.optim.tensor_lists import as_operand, beside, inner_product, large_on_cpu, sum_of_scalars
+from hesscale_lightning.optim.tensor_lists import (
+    as_operand,
+    beside,
+    inner_product,
+    large_on_cpu,
+    norm_square,
+    sum_of_scalars,
+)
 
 
 @dataclass(slots=True)
@@ -136,6 +143,20 @@ def mean_curvature(batches: Sequence[Batch], rule: UpdateRule) -> float | Tensor
         entries += sum(p.numel() for p in batch.holders)
     mean = whole / max(entries, 1)
     return mean**0.5 if rule.denominator == "rms" else mean
+
+
+def average_norm_square(batches: Sequence[Batch], rule: UpdateRule) -> float | Tensor:
+    """Squared norm of a group's average gradient, corrected for its start and for clipping."""
+    whole: float | Tensor = 0.0
+    for batch in batches:
+        clipping = beside(rule.clipping[0], batch.grad_averages[0])
+        if batch.counts is None:
+            part = norm_square(_corrected(batch.grad_averages, rule.beta1, batch.steps, clipping))
+        else:
+            part = norm_square(batch.grad_averages) / ((1 - rule.beta1 ** batch.counts[0]) * clipping) ** 2
+        part = total(part, batch.where)
+        whole = beside(whole, part) + beside(part, whole)
+    return whole
 
 
 def _is_something(floor: float | Tensor) -> bool:

@@ -16,10 +16,54 @@ import torch
 from torch import Tensor
 
 CALIBRATION_KEY = "radius_calibration"
-# steps; sums of log(measured / predicted) and of its weights; sums of the unit and of its weights
-UNCALIBRATED = (0, 0.0, 0.0, 0.0, 0.0)
 TOO_FAR = 4.0  # times its radius, from which on a measured step is shortened
 TRIAL = 0.01  # length of the first step, as long as nothing has been measured
+_OF_LOSS = "units of the loss"
+_LONGER = 10.0  # times, is the next trial after one that was too short to be measured
+
+
+class Calibration(NamedTuple):
+    """What is known of a group's radius. It is kept in the group as a plain tuple, which loads with ``weights_only``.
+
+    Attributes:
+        steps: Steps made.
+        logs: Sum of ``log(measured / predicted)``.
+        weight: The sum of its weights.
+        units: Sum of the unit.
+        unit_weight: The sum of its weights.
+        squares: Sum of the squared norm of the gradient.
+        square_weight: The sum of its weights.
+        unseen: Trials that were too short to change what is measured.
+    """
+
+    steps: int = 0
+    logs: Any = 0.0
+    weight: Any = 0.0
+    units: Any = 0.0
+    unit_weight: Any = 0.0
+    squares: Any = 0.0
+    square_weight: Any = 0.0
+    unseen: int = 0
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> Calibration:
+        """That of a group; of one without, or from an earlier version, what it lacks is unknown."""
+        return cls(*group.get(CALIBRATION_KEY, ()))
+
+    @property
+    def factor(self) -> float | None:
+        """How many times more steps change than the model predicts, ``c``; None before the first measure."""
+        return math.exp(self.logs / self.weight) if self.weight else None
+
+    @property
+    def unit(self) -> float | None:
+        """The average of what the unit was; None before it was known."""
+        return self.units / self.unit_weight if self.unit_weight else None
+
+    @property
+    def trial(self) -> float:
+        """The part that a step takes of what the diagonal thinks, as long as nothing is known."""
+        return min(1.0, TRIAL * _LONGER**self.unseen)
 
 
 class CalibratedRadius:
@@ -34,8 +78,21 @@ class CalibratedRadius:
 
     so that a step changes what is measured by ``delta * unit`` at most, to the accuracy of the calibration :math:`c`.
     The learning rate, as a multiple :math:`\gamma` of ``full_rate``, is the fraction that is taken of the step that
-    fits. Steps are measured when they are made. The first is a hundredth of what the diagonal thinks, is measured, and
-    then completed; one that has gone more than four times too far is shortened, and :math:`c` starts anew from it.
+    fits. With ``noise_decay`` no unit of the loss is left in the length either: the proposal gives the direction alone,
+    and how far the step goes in the region is how well gradients agree over time,
+
+    .. math::
+
+        s = \sqrt{\frac{\text{delta} \cdot \text{unit}}{c\; q(u)}}\; r, \qquad
+        r = \min\left(1, \frac{\lVert \hat m \rVert}{\sqrt{\mathrm{EMA}\,\lVert g \rVert^2}}\right)
+
+    with the average gradient :math:`\hat m`: all of the region where they are the same at every step, and about
+    :math:`\sqrt{(1 - \beta_1) / (1 + \beta_1)}` of it, 0.23, where they are noise.
+
+    Steps are measured when they are made. The first is a hundredth of what the diagonal thinks, is measured, and
+    then completed; after one that was too short to be measured, as low precision makes it, the next is ten times as
+    long. One that has gone more than four times too far is shortened, and :math:`c` starts anew from it; of one that
+    has gone infinitely far a hundredth is left.
 
     Args:
         measure: Called without arguments after a step, under ``no_grad``; returns how far the step has gone, which must
@@ -44,11 +101,16 @@ class CalibratedRadius:
             several processes it has to return the same number in each, as ``unit`` has, or their parameters part.
         unit: What ``delta`` is a multiple of; a function is asked at every step, and what it returns averaged
             exponentially (default: 1.0).
+        name: What it measures, such as "nats". It is written with the optimizer's state, and a state whose ``delta`` is
+            in other units is not loaded (default: "measured").
         full_rate: The learning rate at which all of the step that fits is taken (default: 1.0).
         every: Measure every so many steps (default: 4).
         warmup: Measure at each of so many first steps (default: 20).
         decay: Of the average of the calibration (default: 0.9).
         unit_decay: Of the average of the unit, if it is a function (default: 0.99).
+        noise_decay: Of the average of the gradient's squared norm, which the proposal is compared to; None: it is not,
+            and :math:`s` is at most 1 (default: None). For AdaHesScale alone: other optimizers' steps have no units, or
+            are meant to have them.
 
     Raises:
         TypeError: If ``measure`` cannot be called.
@@ -75,11 +137,13 @@ class CalibratedRadius:
         measure: Callable[[], float | Tensor | None],
         *,
         unit: float | Callable[[], float | Tensor] = 1.0,
+        name: str = "measured",
         full_rate: float = 1.0,
         every: int = 4,
         warmup: int = 20,
         decay: float = 0.9,
         unit_decay: float = 0.99,
+        noise_decay: float | None = None,
     ) -> None:
         if not callable(measure):
             raise TypeError(
@@ -94,16 +158,18 @@ class CalibratedRadius:
             raise ValueError(f"every must be at least 1, got {every}")
         if not warmup >= 0:
             raise ValueError(f"warmup must be >= 0, got {warmup}")
-        for name, value in (("decay", decay), ("unit_decay", unit_decay)):
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {value}")
+        for which, value in (("decay", decay), ("unit_decay", unit_decay), ("noise_decay", noise_decay)):
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{which} must be in [0, 1), got {value}")
         self.measure = measure
         self.unit = unit
+        self.name = name
         self.full_rate = full_rate
         self.every = every
         self.warmup = warmup
         self.decay = decay
         self.unit_decay = unit_decay
+        self.noise_decay = noise_decay
 
     def is_due(self, step: int) -> bool:
         """Whether a step, counted from one, is measured."""
@@ -111,10 +177,17 @@ class CalibratedRadius:
 
 
 class Made(NamedTuple):
-    """A step that was made: ``sum D u^2 / 2`` of it, and the part ``s`` that was taken of the proposal."""
+    """A step that was made.
+
+    Attributes:
+        predicted: ``sum D u^2 / 2`` of it.
+        scale: The part ``s`` that was taken of the proposal.
+        signal: The part ``r`` of the region that it was to take.
+    """
 
     predicted: float | Tensor
     scale: float | Tensor
+    signal: float | Tensor = 1.0
 
 
 class Regions:
@@ -144,13 +217,36 @@ class Regions:
             raise ValueError(f"{self.key} is None, but radius says what it is measured in: give it a number")
         if options.get("capturable", False):
             raise ValueError("a radius that is measured reads its measure on the host: it cannot be capturable")
+        if radius.noise_decay is not None and self.key != "delta":
+            raise ValueError(
+                f"noise_decay={radius.noise_decay} needs the average of the gradient, which AdaHesScale has and the "
+                "optimizer that StepSizeScaling scales may not have: leave it None"
+            )
 
     def add_group(self, group: dict[str, Any], radius: CalibratedRadius | None) -> None:
         """One more group, with what its ``delta`` is measured in (None: the quadratic model's own units)."""
         self.check(group, radius)
         if radius is not None:
-            group.setdefault(CALIBRATION_KEY, UNCALIBRATED)
+            group.setdefault(CALIBRATION_KEY, tuple(Calibration()))
+            group[self._units_key] = radius.name
         self.radii.append(radius)
+
+    @property
+    def _units_key(self) -> str:
+        return f"{self.key}_in"
+
+    def check_saved(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Raises if a state dict's param groups have their ``delta`` in other units than these regions."""
+        for index, (saved, radius) in enumerate(zip(groups, self.radii, strict=False)):
+            if self.key not in saved or (CALIBRATION_KEY in saved and self._units_key not in saved and radius):
+                continue  # of another optimizer, or of an earlier version, which did not say
+            theirs, ours = saved.get(self._units_key, _OF_LOSS), _OF_LOSS if radius is None else radius.name
+            if theirs != ours:
+                raise ValueError(
+                    f"{self.key}={saved[self.key]} of param group {index} was saved in {theirs}, and this optimizer "
+                    f"takes it in {ours}: make it with the radius that was trained with, or load the network's "
+                    "parameters alone"
+                )
 
     def limit(self, index: int, group: dict[str, Any]) -> float | None:
         """The largest ``sum D u^2 / 2`` of one group's next update; None for no limit. To be asked once per step."""
@@ -158,25 +254,52 @@ class Regions:
         radius = self.radii[index]
         if radius is None or delta is None:
             return delta
+        known = Calibration.of(group)
         if callable(radius.unit):
             unit = _number("unit", radius.unit())
             if _is_useful(unit):
-                steps, logs, weight, units, unit_weight = group.get(CALIBRATION_KEY, UNCALIBRATED)
-                units = radius.unit_decay * units + (1 - radius.unit_decay) * unit
-                unit_weight = radius.unit_decay * unit_weight + (1 - radius.unit_decay)
-                group[CALIBRATION_KEY] = (steps, logs, weight, units, unit_weight)
-        known = calibration(group)
-        return self._allowed(radius, group) * (TRIAL**2 if known is None else 1 / known)
+                units, weight = _averaged(radius.unit_decay, unit, 1.0, known.units, known.unit_weight)
+                known = known._replace(units=units, unit_weight=weight)
+                group[CALIBRATION_KEY] = tuple(known)
+        allowed = self._allowed(radius, group)
+        return allowed * (known.trial**2 if known.factor is None else 1 / known.factor)
+
+    def compares_noise(self, index: int) -> bool:
+        """Whether the length of a group's steps follows from how well its gradients agree."""
+        radius = self.radii[index]
+        return radius is not None and radius.noise_decay is not None
+
+    def signal(self, index: int, group: dict[str, Any], average: Any, square: Any, clipping: Any) -> Any:
+        """The part ``r`` of the region that the next step takes, where :meth:`compares_noise`. To be asked once.
+
+        Args:
+            index: The group's.
+            group: It.
+            average: Squared norm of the average gradient, corrected for its start and for clipping.
+            square: That of the step's own gradient, as it was clipped.
+            clipping: The factor of the clipping.
+        """
+        radius: Any = self.radii[index]
+        known = self._known(index, group)
+        sums = _averaged(radius.noise_decay, square, clipping * clipping, known.squares, known.square_weight)
+        self._learn(index, group, known._replace(squares=sums[0], square_weight=sums[1]))
+        return _ratio(average * sums[1], sums[0])
+
+    def _known(self, index: int, group: dict[str, Any]) -> Calibration:
+        return Calibration.of(group)
+
+    def _learn(self, index: int, group: dict[str, Any], known: Calibration) -> None:
+        group[CALIBRATION_KEY] = tuple(known)
 
     def _allowed(self, radius: CalibratedRadius, group: dict[str, Any]) -> float:
         """``delta * unit``; infinite as long as nothing is known of the unit."""
-        unit = average_unit(group) if callable(radius.unit) else radius.unit
+        unit = Calibration.of(group).unit if callable(radius.unit) else radius.unit
         return math.inf if unit is None else float(group[self.key] * unit)
 
     def measure_next(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the next step will be measured."""
         return any(
-            radius is not None and radius.is_due(group.get(CALIBRATION_KEY, UNCALIBRATED)[0] + 1)
+            radius is not None and radius.is_due(Calibration.of(group).steps + 1)
             for group, radius in zip(groups, self.radii, strict=True)
         )
 
@@ -184,8 +307,8 @@ class Regions:
         """Whether all that is measured is calibrated, and its unit known."""
         for group, radius in zip(groups, self.radii, strict=True):
             if radius is not None:
-                unknown_unit = callable(radius.unit) and average_unit(group) is None
-                if calibration(group) is None or unknown_unit:
+                known = Calibration.of(group)
+                if known.factor is None or (callable(radius.unit) and known.unit is None):
                     return False
         return True
 
@@ -206,36 +329,52 @@ class Regions:
         for index, (group, radius) in enumerate(zip(groups, self.radii, strict=True)):
             if radius is None:
                 continue
-            steps, logs, weight, *units = group.get(CALIBRATION_KEY, UNCALIBRATED)
-            steps += 1
-            if radius.is_due(steps):
+            known = Calibration.of(group)
+            known = known._replace(steps=known.steps + 1)
+            if radius.is_due(known.steps):
                 step, found = made(index), radius.measure()
                 model, measured = float(step.predicted), math.nan if found is None else _number("measure", found)
                 if _is_useful(measured) and _is_useful(model):
                     ratio = math.log(measured / model)
-                    trial = weight == 0
-                    logs = radius.decay * logs + (1 - radius.decay) * ratio
-                    weight = radius.decay * weight + (1 - radius.decay)
-                    allowed = self._allowed(radius, group) * rates[index] ** 2
-                    if trial and allowed > 0:
-                        factors[index] = min(math.sqrt(allowed / measured), 1 / float(step.scale))
+                    logs, weight = _averaged(radius.decay, ratio, 1.0, known.logs, known.weight)
+                    allowed = self._allowed(radius, group) * (rates[index] * float(step.signal)) ** 2
+                    if known.weight == 0 and allowed > 0:  # a trial
+                        longest = math.inf if radius.noise_decay is not None else 1 / float(step.scale)
+                        factors[index] = min(math.sqrt(allowed / measured), longest)
                     elif measured > TOO_FAR * allowed > 0:  # an infinite one is never exceeded
                         factors[index] = math.sqrt(allowed / measured)
                         logs = max(logs, weight * ratio)
-            group[CALIBRATION_KEY] = (steps, logs, weight, *units)
+                    known = known._replace(logs=logs, weight=weight)
+                elif measured == 0 and known.weight == 0:
+                    known = known._replace(unseen=known.unseen + 1)
+                elif measured == math.inf:
+                    factors[index] = TRIAL
+                    known = known._replace(logs=known.logs - 2 * known.weight * math.log(TRIAL))
+            group[CALIBRATION_KEY] = tuple(known)
         return factors
 
 
 def calibration(group: Mapping[str, Any]) -> float | None:
     """How many times more a group's steps change than the model predicts, ``c``; None before the first measure."""
-    _, logs, weight, _, _ = group.get(CALIBRATION_KEY, UNCALIBRATED)
-    return math.exp(logs / weight) if weight else None
+    return Calibration.of(group).factor
 
 
 def average_unit(group: Mapping[str, Any]) -> float | None:
     """The average of what a group's unit was; None before it was known."""
-    *_, units, weight = group.get(CALIBRATION_KEY, UNCALIBRATED)
-    return units / weight if weight else None
+    return Calibration.of(group).unit
+
+
+def _averaged(decay: float, value: Any, weight: Any, total: Any, weights: Any) -> tuple[Any, Any]:
+    """The two sums of an exponential average, and one more value."""
+    return decay * total + (1 - decay) * value, decay * weights + (1 - decay) * weight
+
+
+def _ratio(signal: Any, noise: Any) -> Any:
+    """``min(1, sqrt(signal / noise))``, and 1 where there is neither."""
+    if isinstance(noise, Tensor) or isinstance(signal, Tensor):
+        ratio: Tensor = torch.as_tensor(signal / noise)
+        return ratio.sqrt().clamp(max=1.0).nan_to_num(nan=1.0)
+    return min(1.0, math.sqrt(signal / noise)) if noise > 0 and math.isfinite(signal) else 1.0
 
 
 def _number(name: str, value: Any) -> float:

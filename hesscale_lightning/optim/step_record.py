@@ -26,6 +26,7 @@ class StepRecord:
         clipping: the factor by which gradients had been clipped.
         foreach: whether multi-tensor kernels were used.
         maximize: whether the objective is maximised.
+        signal: the part of a measured region that the step was to take; see ``CalibratedRadius``.
     """
 
     batches: Sequence[Batch]
@@ -36,6 +37,7 @@ class StepRecord:
     clipping: float | Tensor
     foreach: bool
     maximize: bool
+    signal: float | Tensor = 1.0
 
 
 @torch.no_grad()

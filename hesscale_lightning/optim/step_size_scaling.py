@@ -15,7 +15,16 @@ from hesscale_lightning.optim.gradient_rescaling import GradientRescaling, Group
 from hesscale_lightning.optim.hyperparameters import check_denominator, use_foreach
 from hesscale_lightning.optim.parameter_state import state_dtype
 from hesscale_lightning.optim.radius import CalibratedRadius, Made, Regions, calibration
-from hesscale_lightning.optim.sharded import check_placements, layout, local, refuse_radius, total
+from hesscale_lightning.optim.sharded import (
+    check_placements,
+    is_distributed,
+    is_trial,
+    layout,
+    local,
+    place_gradients,
+    refuse_radius,
+    total,
+)
 from hesscale_lightning.optim.tensor_lists import add_one, beside, inner_product, large_on_cpu, sum_of_scalars
 from hesscale_lightning.optim.trust_region import (
     flatten_statistics,
@@ -25,6 +34,7 @@ from hesscale_lightning.optim.trust_region import (
 )
 
 _STATE_KEY = "step_size_scaling"
+_PREFIX = "step_size_scaling_"  # of the averages' names in a parameter's own state
 
 
 class _GroupStep(NamedTuple):
@@ -49,7 +59,7 @@ class StepSizeScaling(Optimizer):
 
     .. math::
 
-        \theta \leftarrow \theta + u \min\left(1, \sqrt{2\delta / \textstyle\sum_i D_i u_i^2}\right)
+        \theta \leftarrow \theta + u \min\left(1, \sqrt{2\delta / \sum_i D_i u_i^2}\right)
 
     so that the second-order term of no group's step exceeds ``delta``, in units of the loss. Groups have their own
     regions: put networks whose curvature differs, such as an actor and a critic, into groups of their own. A step
@@ -174,6 +184,7 @@ class StepSizeScaling(Optimizer):
             name = f"_optimizer_{kind}_hooks"
             setattr(self, name, getattr(self.optimizer, name))
         self._buffers: dict[Tensor, Tensor] = {}
+        self._on_trial = False  # whether the averages are those of a trial step, which nothing has been loaded into
         self.awaits_diagonals = True
         self._reset_groups()
 
@@ -220,25 +231,53 @@ class StepSizeScaling(Optimizer):
         return False
 
     def state_dict(self) -> StateDict:
-        """The wrapped optimizer's state dict with the curvature averages as entry ``step_size_scaling``."""
+        """The wrapped optimizer's state dict with the curvature averages as entry ``step_size_scaling``.
+
+        Where parameters are DTensors, the averages are in each parameter's state, as ``step_size_scaling_hess_step``
+        and ``step_size_scaling_exp_avg_hess``: ``torch.distributed.checkpoint`` saves nothing else.
+        """
         params = [param for group in self.param_groups for param in group["params"]]
         averages = {index: dict(self.curvature[p]) for index, p in enumerate(params) if p in self.curvature}
-        return {**self.optimizer.state_dict(), _STATE_KEY: averages}
+        written = self.optimizer.state_dict()
+        if not any(is_distributed(param) for param in params):
+            return {**written, _STATE_KEY: averages}
+        states = dict(written["state"])
+        for index, average in averages.items():
+            states[index] = {**states.get(index, {}), **{_PREFIX + name: value for name, value in average.items()}}
+        return {**written, "state": states}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Load a state dict of this class, or one of the wrapped optimizer, with which the averages start anew."""
+        """Load a state dict of this class, or one of the wrapped optimizer, with which the averages start anew.
+
+        Raises:
+            ValueError: if its ``scaling_delta`` is measured in something else. Nothing is loaded then.
+        """
+        self._regions.check_saved(state_dict["param_groups"])
         deltas = [group["scaling_delta"] for group in self.param_groups]
-        self.optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != _STATE_KEY})
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        averages = {keys.index(key): saved for key, saved in _averages_within(state_dict["state"]).items()}
+        averages |= state_dict.get(_STATE_KEY, {})
+        states = {
+            key: {name: value for name, value in state.items() if not str(name).startswith(_PREFIX)}
+            for key, state in state_dict["state"].items()
+        }
+        own = {k: v for k, v in state_dict.items() if k != _STATE_KEY}
+        self.optimizer.load_state_dict(
+            {**own, "state": {k: v for k, v in states.items() if v or not state_dict["state"][k]}}
+        )
         for group, delta in zip(self.param_groups, deltas, strict=True):
             group.setdefault("scaling_delta", delta)
         params = [param for group in self.param_groups for param in group["params"]]
         self.curvature.clear()
-        for index, saved in state_dict.get(_STATE_KEY, {}).items():
+        for index, saved in averages.items():
+            if saved["hess_step"] == 0:  # saved before the first diagonal
+                continue
             param = params[index]
             self.curvature[param] = {
                 "hess_step": saved["hess_step"].detach().clone(),
                 "exp_avg_hess": saved["exp_avg_hess"].detach().to(param.device, state_dtype(param), copy=True),
             }
+        self._on_trial = False
         self._reset_groups()
 
     @overload
@@ -259,6 +298,13 @@ class StepSizeScaling(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._on_trial:
+            self.curvature.clear()
+            self._on_trial = False
+        if not self.curvature and is_trial(self.param_groups):
+            self.optimizer.step()
+            self._make_averages()
+            return loss
         moving = [self._gather(index) for index in range(len(self.param_groups))]
         grad_scales = self._rescaling.take()
         for params in moving:
@@ -272,6 +318,14 @@ class StepSizeScaling(Optimizer):
             self._calibrate()
         self.awaits_diagonals = False
         return loss
+
+    def _make_averages(self) -> None:
+        """Those of a trial step, for a checkpoint to be loaded into; the first real step begins anew."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self.curvature[param] = _new_average(param)
+        self._on_trial = True
 
     def _calibrate(self) -> None:
         """Measure how far the step went; take back what was much too far, complete what was a trial."""
@@ -290,6 +344,7 @@ class StepSizeScaling(Optimizer):
     def _gather(self, group_index: int) -> list[Tensor]:
         """The parameters of one group that will move, each with a diagonal or an average; nothing changes."""
         group = self.param_groups[group_index]
+        place_gradients(group["params"])
         moving = []
         for index, param in enumerate(group["params"]):
             if param.grad is None:
@@ -349,8 +404,7 @@ class StepSizeScaling(Optimizer):
             if diagonal is None:
                 continue
             if param not in self.curvature:
-                average = torch.zeros_like(param, dtype=state_dtype(param), memory_format=torch.preserve_format)
-                self.curvature[param] = {"hess_step": torch.zeros(()), "exp_avg_hess": average}
+                self.curvature[param] = _new_average(param)
             states.append(self.curvature[param])
             diagonals.append(diagonal)
             param.hess_diag = None  # type: ignore[attr-defined]
@@ -399,6 +453,20 @@ class StepSizeScaling(Optimizer):
             if radius is not None:
                 statistics["calibration"] = calibration(group) or math.nan
         return flatten_statistics(described)
+
+
+def _new_average(param: Tensor) -> dict[str, Tensor]:
+    average = torch.zeros_like(param, dtype=state_dtype(param), memory_format=torch.preserve_format)
+    return {"hess_step": torch.zeros(()), "exp_avg_hess": average}
+
+
+def _averages_within(states: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Tensor]]:
+    """The curvature averages that stand in parameters' own states."""
+    found = {
+        key: {name[len(_PREFIX) :]: value for name, value in state.items() if str(name).startswith(_PREFIX)}
+        for key, state in states.items()
+    }
+    return {key: average for key, average in found.items() if average}
 
 
 def _pull_back(params: list[Tensor], back: list[Tensor], fraction: float | Tensor) -> None:

@@ -60,6 +60,17 @@ def inner_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
+def norm_square(tensors: list[Tensor]) -> float | Tensor:
+    """Sum of the squares of all entries, as a float on the CPU, else a scalar tensor on the first one's device."""
+    if not tensors:
+        return 0.0
+    if torch.compiler.is_compiling() or any(tensor.device != tensors[0].device for tensor in tensors):
+        norms = [torch.linalg.vector_norm(tensor).to(tensors[0].device) for tensor in tensors]
+    else:
+        norms = list(torch._foreach_norm(tensors))
+    return sum_of_scalars([norm * norm for norm in norms])
+
+
 def beside(value: float | Tensor, other: float | Tensor) -> float | Tensor:
     """A scalar, moved to the device of another tensor if both are tensors."""
     return value.to(other.device) if isinstance(value, Tensor) and isinstance(other, Tensor) else value

@@ -7,24 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesscale_lightning.optim.sharded import total
+from hesscale_lightning.optim.sharded import whole
 
 
-def trust_region_scale(delta: float, curvature_along: float | Tensor) -> float | Tensor:
-    """The factor ``min(1, sqrt(2 delta / sum(D u^2)))`` that keeps ``sum(D u^2) / 2 <= delta``.
+def trust_region_scale(delta: float, curvature_along: float | Tensor, longest: float = 1.0) -> float | Tensor:
+    """The factor ``min(longest, sqrt(2 delta / sum(D u^2)))`` that keeps ``sum(D u^2) / 2 <= delta``.
 
     Args:
         delta: radius, in units of the loss.
         curvature_along: ``sum(D u^2)`` of the step u that is about to be made.
+        longest: bound of the factor.
 
     Returns:
         A float if ``curvature_along`` is one, else a scalar tensor. It is 1 where there is no curvature, and where the
         sum is not a number, which would otherwise spread from one entry to all.
     """
     if isinstance(curvature_along, Tensor):
-        scale = (2 * delta / curvature_along).sqrt().clamp(max=1.0)
+        scale = (2 * delta / curvature_along).sqrt().clamp(max=longest)
         return scale.where(curvature_along > 0, 1.0)
-    return min(1.0, math.sqrt(2 * delta / curvature_along)) if curvature_along > 0 else 1.0
+    return min(longest, math.sqrt(2 * delta / curvature_along)) if curvature_along > 0 else 1.0
 
 
 def predicted_decrease(
@@ -46,26 +47,14 @@ def predicted_decrease(
     if not steps or any(grad is None for grad in grads):
         return None
     terms = [(g.to(step.dtype) * step).sum() for g, step in zip(grads, steps, strict=True) if g is not None]
-    decrease: Tensor = -(_whole(terms, places) / clipping + curvature_along / 2)
+    decrease: Tensor = -(whole(terms, places) / clipping + curvature_along / 2)
     return decrease
-
-
-def _whole(terms: Sequence[Tensor], places: Sequence[Any] | None) -> Tensor:
-    """The sum of scalar tensors, each over all processes, by one reduction for each place."""
-    sums: dict[Any, Tensor] = {}
-    for term, where in zip(terms, places or [None] * len(terms), strict=True):
-        sums[where] = term if where not in sums else sums[where] + term.to(sums[where].device)
-    whole: Any = None
-    for where, part in sums.items():
-        summed: Any = total(part, where)
-        whole = summed if whole is None else whole + summed.to(whole.device)
-    return whole  # type: ignore[no-any-return]
 
 
 def mean_abs(steps: Sequence[Tensor], places: Sequence[Any] | None = None) -> Tensor:
     """Mean absolute value over all entries of several tensors, which ``places`` says are split between processes."""
     entries = [torch.tensor(float(step.numel()), device=step.device) for step in steps]
-    return _whole([step.abs().sum() for step in steps], places) / _whole(entries, places)
+    return whole([step.abs().sum() for step in steps], places) / whole(entries, places)
 
 
 def flatten_statistics(per_group: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

@@ -77,8 +77,9 @@ class Schedule:
         return {"last_refresh": self.last_refresh, "last_audit": self.last_audit}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned."""
-        self.last_refresh = state_dict["last_refresh"]
+        """Restores what :meth:`state_dict` returned; nothing from an empty one."""
+        self.step = -1  # whatever step comes next is decided about anew
+        self.last_refresh = state_dict.get("last_refresh", self.last_refresh)
         self.last_audit = state_dict.get("last_audit", self.last_refresh)
 
 

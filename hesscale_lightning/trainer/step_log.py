@@ -1,6 +1,6 @@
 """What is logged of an optimizer's step: noted before it, completed after it, read from the device once."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,8 @@ from hesscale_lightning.metrics import (
     mean_abs,
     predicted_decrease,
 )
-from hesscale_lightning.metrics.distribution import BINS, HIGHEST, LOWEST
+from hesscale_lightning.optim.sharded import layout, local
+from hesscale_lightning.trainer import split_statistics
 
 
 @dataclass
@@ -40,13 +41,17 @@ class StepLog:
     _before: list[Tensor] = field(default_factory=list)
     _gradients: list[Tensor] = field(default_factory=list)
     _diagonals: list[Tensor] = field(default_factory=list)
+    _places: list[Any] = field(default_factory=list)  # over what each vector above is split between processes
 
     def after_step(self) -> None:
         """Adds what can be told once the parameters have moved."""
         if self._parameters:
             steps = [_flat(ps) - before for ps, before in zip(self._parameters, self._before, strict=True)]
-            self.values["effective_lr"] = effective_learning_rate(steps, self._gradients)
-            self.values["predicted_decrease"] = predicted_decrease(self._gradients, self._diagonals, steps)
+            if any(self._places):
+                self.values |= split_statistics.step_statistics(steps, self._gradients, self._diagonals, self._places)
+            else:
+                self.values["effective_lr"] = effective_learning_rate(steps, self._gradients)
+                self.values["predicted_decrease"] = predicted_decrease(self._gradients, self._diagonals, steps)
         if self.only_audit:
             return
         statistics: Mapping[str, Tensor] = getattr(self.optimizer, "stats", {})
@@ -75,26 +80,38 @@ def note_step(prefix: str, optimizer: Optimizer, layers: Mapping[int, str] | Non
     for group in optimizer.param_groups:
         for p in group["params"]:
             if getattr(p, "hess_diag", None) is not None and p.grad is not None:
-                batches.setdefault((p.device, p.dtype), []).append(p)
+                batches.setdefault((p.device, p.dtype, layout(p)), []).append(p)
     # One vector of everything: few operations, and clipping, the step and zero_grad change none of it.
     log._parameters = list(batches.values())
+    log._places = [place for _, _, place in batches]
     log._before = [_flat(ps) for ps in log._parameters]
     log._gradients = [_flat([p.grad for p in ps if p.grad is not None]) for ps in log._parameters]
     log._diagonals = [_flat([p.hess_diag for p in ps]) for ps in log._parameters]  # type: ignore[attr-defined]
-    log.values = {name: statistic(log._diagonals) for name, statistic in STATISTICS.items()}
+    grouped: dict[str, list[Tensor]] = {}
     if layers is not None:
-        grouped: dict[str, list[Tensor]] = {}
         for p in (p for ps in log._parameters for p in ps):
-            grouped.setdefault(layers.get(id(p), "unnamed"), []).append(p.hess_diag)  # type: ignore[attr-defined]
-        log.values |= {f"share/{name}": share for name, share in layer_shares(grouped).items()}
-        log.values |= {f"mean_abs/{name}": mean_abs(hs) for name, hs in grouped.items()}
+            grouped.setdefault(layers.get(id(p), "unnamed"), []).append(p)
+    if any(log._places):
+        log.values = split_statistics.diagonal_statistics(log._diagonals, log._places)
+        if grouped:
+            log.values |= split_statistics.layer_statistics(
+                {name: [(local(p.hess_diag), layout(p)) for p in ps] for name, ps in grouped.items()}  # type: ignore[attr-defined]
+            )
+        if histogram:
+            log.counts = split_statistics.histogram(log._diagonals, log._places)
+        return log
+    log.values = {name: statistic(log._diagonals) for name, statistic in STATISTICS.items()}
+    if grouped:
+        diagonals = {name: [p.hess_diag for p in ps] for name, ps in grouped.items()}  # type: ignore[attr-defined]
+        log.values |= {f"share/{name}": share for name, share in layer_shares(diagonals).items()}
+        log.values |= {f"mean_abs/{name}": mean_abs(hs) for name, hs in diagonals.items()}
     if histogram:
         log.counts = log_histogram(log._diagonals)
     return log
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([t.detach().reshape(-1) for t in tensors])
+    return torch.cat([local(t.detach()).reshape(-1) for t in tensors])
 
 
 def layer_names(module: nn.Module) -> dict[int, str]:
@@ -104,28 +121,3 @@ def layer_names(module: nn.Module) -> dict[int, str]:
         layer = name.replace("_orig_mod.", "").rpartition(".")[0]
         names[id(p)] = layer or name
     return names
-
-
-def can_log_histograms(loggers: Iterable[Any]) -> list[Any]:
-    """The loggers that take histograms: those with TensorBoard's writer."""
-    return [logger for logger in loggers if hasattr(getattr(logger, "experiment", None), "add_histogram_raw")]
-
-
-def write_histogram(loggers: Iterable[Any], key: str, counts: Tensor, step: int) -> None:
-    """Writes a histogram of ``log10 |h|`` to TensorBoard."""
-    width = (HIGHEST - LOWEST) / BINS
-    limits = [LOWEST + width * (k + 1) for k in range(BINS)]
-    middles = [limit - width / 2 for limit in limits]
-    numbers = counts.tolist()
-    for logger in loggers:
-        logger.experiment.add_histogram_raw(
-            key,
-            min=LOWEST,
-            max=HIGHEST,
-            num=int(sum(numbers)),
-            sum=sum(n * m for n, m in zip(numbers, middles, strict=True)),
-            sum_squares=sum(n * m * m for n, m in zip(numbers, middles, strict=True)),
-            bucket_limits=limits,
-            bucket_counts=numbers,
-            global_step=step,
-        )

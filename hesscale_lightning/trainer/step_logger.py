@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hesscale_lightning.trainer.step_log import StepLog, can_log_histograms, layer_names, note_step, write_histogram
+from hesscale_lightning.trainer.histograms import write_histogram
+from hesscale_lightning.trainer.step_log import StepLog, layer_names, note_step
 
 
 class StepLogger:
@@ -71,8 +72,7 @@ class StepLogger:
         if trainer.is_global_zero:
             for log in logs:
                 if log.counts is not None:
-                    loggers = can_log_histograms(trainer.loggers)
-                    write_histogram(loggers, f"{log.prefix}/histogram", log.counts, step)
+                    write_histogram(trainer.loggers, f"{log.prefix}/histogram", log.counts, step)
 
 
 def add_decrease(log: StepLog, trainer: pl.Trainer, outputs: dict[str, Any], after: Tensor | None) -> None:

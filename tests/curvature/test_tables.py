@@ -40,6 +40,9 @@ ELSEWHERE = {
     "BackwardHookFunctionBackward": "tests/curvature/test_engine.py, with a module's hook",
     "_DDPSinkBackward": "tests/test_callback.py, with two processes",
     "RegisterPostBackwardFunctionBackward": "tests/distributed, with two processes",
+    "_ToTorchTensorBackward": "tests/distributed, with two processes",
+    "_FromTorchTensorBackward": "tests/distributed, with two processes",
+    "RedistributeBackward": "tests/distributed, with two processes",
 }
 
 

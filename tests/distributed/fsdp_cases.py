@@ -9,11 +9,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from hesscale_lightning import AdaHesScale, attach
+from benchmarks.distributed import Sent
+from hesscale_lightning import AdaHesScale, attach, compile_step
 from hesscale_lightning.optim import CalibratedRadius, StepSizeScaling
+from tests.distributed.launching import DEVICE, begin, run_cases
 
 
 class Tied(nn.Module):
@@ -56,6 +59,19 @@ def unused() -> nn.Module:
     return net
 
 
+class Branching(nn.Module):
+    """Leaves one layer out where it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 7), nn.Linear(7, 7), nn.Linear(7, 3)
+        self.short = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.tanh(self.a(x))
+        return self.c(z if self.short else torch.tanh(self.b(z)))
+
+
 def shard(net: nn.Module, children: bool, **options: object) -> None:
     if children:
         inner = [net.block] if isinstance(net, Tied) else [m for m in net.children() if isinstance(m, nn.Linear)]
@@ -64,12 +80,17 @@ def shard(net: nn.Module, children: bool, **options: object) -> None:
     fully_shard(net, **options)
 
 
+def by_columns(p: Tensor) -> Shard:
+    """FSDP2 cuts other dimensions than the first into equal parts only."""
+    return Shard(p.dim() - 1 if p.shape[-1] % dist.get_world_size() == 0 else 0)
+
+
 def data(net: nn.Module, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     if isinstance(net, Tied):
-        return tuple(torch.randint(11, (8,), generator=generator) for _ in range(2))
+        return tuple(torch.randint(11, (8,), generator=generator).to(DEVICE) for _ in range(2))
     x = torch.randn(8, 5, generator=generator, dtype=torch.float64)
-    return x, torch.randint(3, (8,), generator=generator)
+    return x.to(DEVICE), torch.randint(3, (8,), generator=generator).to(DEVICE)
 
 
 def difference(net: nn.Module, ref: nn.Module, name: str) -> float:
@@ -84,16 +105,16 @@ def difference(net: nn.Module, ref: nn.Module, name: str) -> float:
     return worst
 
 
-def diagonals(make, children=True, reshard=True, accumulate="", method="hesscale", mesh=None, named=False):
+def diagonals(make, children=True, reshard=True, accumulate="", method="hesscale", named=False, **options):
     """Several steps, so that rules run, are taken down and run as a program; weights move by plain SGD."""
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(1)
-    net = make().double()
+    net = make().double().to(DEVICE)
     ref = copy.deepcopy(net)
     if make is unused:
-        ref = unused().double()
+        ref = unused().double().to(DEVICE)
         ref.load_state_dict(net.state_dict())
-    shard(net, children, mesh=mesh, reshard_after_forward=reshard)
+    shard(net, children, reshard_after_forward=reshard, **options)
     worst = 0.0
     for step in range(4):
         for p in (*net.parameters(), *ref.parameters()):
@@ -101,11 +122,14 @@ def diagonals(make, children=True, reshard=True, accumulate="", method="hesscale
         parts = 2 if accumulate else 1
         for part in range(parts):
             x, y = data(net, 10 * step + part)
+            ref.short = net.short = part == 1
             loss = cross_entropy(ref(x), y) / parts
             attach(loss, method=method)
             loss.backward()
             if accumulate == "without sync":
                 net.set_requires_gradient_sync(part == parts - 1)
+            if accumulate == "without all-reduce":
+                net.set_requires_all_reduce(part == parts - 1)
             loss = cross_entropy(net(x[rank::world]), y[rank::world]) / parts
             attach(loss, list(net.parameters()) if named else None, method=method)
             loss.backward()
@@ -120,7 +144,7 @@ def diagonals(make, children=True, reshard=True, accumulate="", method="hesscale
 def between(passes):
     """A forward pass between attach and backward, which frees the parameters, or two losses attached at once."""
     torch.manual_seed(1)
-    net = mlp().double()
+    net = mlp().double().to(DEVICE)
     ref = copy.deepcopy(net)
     shard(net, True, reshard_after_forward=True)
     worst = 0.0
@@ -147,7 +171,7 @@ def between(passes):
 def given_up():
     """What was attached and dropped or removed leaves shards, so the next forward pass has the new weights."""
     torch.manual_seed(1)
-    net = mlp().double()
+    net = mlp().double().to(DEVICE)
     ref = copy.deepcopy(net)
     shard(net, True)
     x, y = data(net, 0)
@@ -167,7 +191,7 @@ def frozen_critic():
     worst = 0.0
     for trained in (False, True):
         torch.manual_seed(1)
-        net, critic = nn.Linear(5, 5).double(), mlp().double().requires_grad_(trained)
+        net, critic = nn.Linear(5, 5).double().to(DEVICE), mlp().double().requires_grad_(trained).to(DEVICE)
         pairs = [(copy.deepcopy(net), copy.deepcopy(critic)), (net, critic)]
         shard(net, False)
         shard(critic, True)
@@ -185,7 +209,7 @@ def frozen_critic():
 def half(**_):
     """A policy of bfloat16 parameters: diagonals are the float32 shards' and close to those of full precision."""
     torch.manual_seed(1)
-    net = mlp()
+    net = mlp().to(DEVICE)
     ref = copy.deepcopy(net)
     shard(net, True, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
     x, y = data(net, 0)
@@ -199,14 +223,14 @@ def half(**_):
 
 def hybrid():
     """Replicated twice; in four processes shards are halves, in two they are whole."""
-    return init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(DEVICE, (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
 
 
 def training(make_optimizer, clip=None, resume=False):
     """The weights after five steps."""
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(1)
-    net = mlp().double()
+    net = mlp().double().to(DEVICE)
     ref = copy.deepcopy(net)
     shard(net, True)
     mine, other = make_optimizer(net.parameters()), make_optimizer(ref.parameters())
@@ -228,6 +252,69 @@ def training(make_optimizer, clip=None, resume=False):
     return max(difference(net, ref, "data"), *stats.values())
 
 
+def uneven():
+    """One process leaves a layer out that the other uses, and FSDP2 was told of it."""
+    torch.manual_seed(1)
+    net = Branching().double().to(DEVICE)
+    ref = copy.deepcopy(net)
+    shard(net, False)
+    net.set_reduce_scatter_unused_params(True)
+    worst = 0.0
+    for step in range(4):
+        rank = dist.get_rank()
+        (x, y), lone = data(net, step), step % 2  # the process that leaves it out
+        ref.zero_grad()
+        losses = []
+        for process in range(2):
+            ref.short = process == lone
+            losses.append(cross_entropy(ref(x[process::2]), y[process::2]))
+        attach(loss := sum(losses) / 2)
+        loss.backward()
+        net.zero_grad()
+        net.short = rank == lone
+        attach(loss := cross_entropy(net(x[rank::2]), y[rank::2]))
+        loss.backward()
+        worst = max(worst, difference(net, ref, "hess_diag"), difference(net, ref, "grad"))
+    return worst
+
+
+def left_out():
+    net = Branching().double().to(DEVICE)
+    shard(net, False)
+    net.short = dist.get_rank() == 1
+    x, y = data(net, 0)
+    attach(cross_entropy(net(x), y))
+
+
+def bytes_reduced():
+    """Over two backward passes of which the second reduces: as many bytes for curvature as for the gradient."""
+    sent = {}
+    for curvature in (False, True):
+        torch.manual_seed(1)
+        net = mlp().double().to(DEVICE)
+        shard(net, True)
+        for _ in range(2):
+            with Sent() as counted:
+                for part in range(2):
+                    net.set_requires_gradient_sync(part == 1)
+                    x, y = data(net, part)
+                    loss = cross_entropy(net(x), y)
+                    if curvature:
+                        attach(loss)
+                    loss.backward()
+        sent[curvature] = counted.bytes
+    flags = 2 * 6 * 4  # at each attach, an int32 for each parameter
+    assert sent[True]["gather"] == sent[False]["gather"] > 0
+    assert sent[True]["reduce"] == 2 * sent[False]["reduce"] + flags
+    return 0.0
+
+
+def compiled():
+    net = mlp().to(DEVICE)
+    shard(net, True)
+    compile_step(net, cross_entropy, backend="eager", on_failure="raise", silent=True)
+
+
 def refused(error, words, work):
     with pytest.raises(error, match=words):
         work()
@@ -235,17 +322,17 @@ def refused(error, words, work):
 
 
 def checkpointed_sharded():
-    net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(DEVICE)
     shard(net, True)
-    x, y = torch.randn(4, 5), torch.randint(3, (4,))
+    x, y = torch.randn(4, 5, device=DEVICE), torch.randint(3, (4,), device=DEVICE)
     loss = cross_entropy(net[2](checkpoint(net[:2], x, use_reentrant=False)), y)
     attach(loss)
 
 
 def foreign():
-    net = mlp().double()
+    net = mlp().double().to(DEVICE)
     shard(net, True)
-    other = mlp().double()
+    other = mlp().double().to(DEVICE)
     shard(other, True)
     x, y = data(net, 0)
     other(x)
@@ -253,20 +340,11 @@ def foreign():
 
 
 def scaled():
-    net = mlp().double()
+    net = mlp().double().to(DEVICE)
     shard(net, True)
     for module in net.modules():
         if hasattr(module, "set_gradient_divide_factor"):
             module.set_gradient_divide_factor(3.0)
-    x, y = data(net, 0)
-    attach(cross_entropy(net(x), y))
-
-
-def tensor_parallel():
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-    parallelize_module(net, init_device_mesh("cpu", (2,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
     x, y = data(net, 0)
     attach(cross_entropy(net(x), y))
 
@@ -280,7 +358,7 @@ def scaling(**options):
 
 
 def calibrated():
-    net = mlp().double()
+    net = mlp().double().to(DEVICE)
     shard(net, True)
     AdaHesScale(net.parameters(), delta=0.1, radius=CalibratedRadius(lambda: 0.0))
 
@@ -294,6 +372,12 @@ CASES = {
     "accumulation with sync": lambda: diagonals(mlp, accumulate="with sync"),
     "accumulation without sync": lambda: diagonals(mlp, accumulate="without sync"),
     "hybrid": lambda: diagonals(mlp, mesh=hybrid()),
+    "hybrid, accumulation without sync": lambda: diagonals(mlp, accumulate="without sync", mesh=hybrid()),
+    "hybrid, accumulation without all-reduce": lambda: diagonals(mlp, accumulate="without all-reduce", mesh=hybrid()),
+    "last pass without a layer": lambda: diagonals(Branching, False, accumulate="without sync"),
+    "sharded by columns": lambda: diagonals(mlp, shard_placement_fn=by_columns),
+    "uneven": uneven,
+    "bytes": bytes_reduced,
     "tied": lambda: diagonals(Tied),
     "frozen": lambda: diagonals(frozen),
     "unused": lambda: diagonals(unused),
@@ -315,23 +399,12 @@ CASES = {
     "rank one": lambda: refused(ValueError, "hesscale_rank1", lambda: diagonals(mlp, method="hesscale_rank1")),
     "checkpointed sharded": lambda: refused(RuntimeError, "is checkpointed", checkpointed_sharded),
     "found nothing": lambda: refused(RuntimeError, "none of the", foreign),
+    "left out by one process": lambda: refused(RuntimeError, "b.weight .1 of 2 processes", left_out),
+    "compiled step": lambda: refused(ValueError, "sharded", compiled),
     "divide factor": lambda: refused(RuntimeError, "set_gradient_divide_factor", scaled),
-    "tensor parallel": lambda: refused(RuntimeError, "_ToTorchTensorBackward", tensor_parallel),
     "calibrated radius": lambda: refused(ValueError, "CalibratedRadius", calibrated),
 }
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    for name, case in CASES.items():
-        if len(sys.argv) > 1 and sys.argv[1] not in name:
-            continue
-        try:
-            outcome = f"{case():.1e}"
-        except Exception as error:
-            if len(sys.argv) > 1:
-                raise
-            outcome = f"{type(error).__name__}: {error}".replace("\n", " ")
-        if dist.get_rank() == 0:
-            sys.stdout.write(f"{name}\t{outcome}\n")
-    dist.barrier()  # leave together: a process that ends while another still talks to it is torn down
-    dist.destroy_process_group()
+    begin()
+    run_cases(CASES, *sys.argv[1:])

@@ -168,7 +168,55 @@ def test_delta_may_be_a_multiple_of_something_that_changes(make: Any) -> None:
         assert problem.moved() == pytest.approx(0.1 * average / weight, rel=1e-6)
 
 
-@pytest.mark.parametrize("useless", [0.0, -1.0, math.nan, math.inf, None])
+@pytest.mark.parametrize("denominator", ["rms", "abs", "sqrt_abs"])
+def test_with_noise_the_length_is_how_well_gradients_agree(denominator: Any) -> None:
+    """Oracle: the radius times |m| / rms |g|, written out; and gradients a thousand times as large change nothing."""
+    moves: dict[float, list[float]] = {}
+    for size in (1.0, 1000.0):
+        generator = torch.Generator().manual_seed(0)
+        problem = Problem()
+        radius = CalibratedRadius(problem.measure, noise_decay=0.8, every=1)
+        optimizer = adahesscale(problem, 1e-3, radius, denominator=denominator)
+        average, squares, weight = torch.zeros(20).double(), 0.0, 0.0
+        for step in range(1, 30):
+            problem.deliver()
+            g = torch.full((20,), size).double() * torch.randn((), generator=generator).double()
+            problem.params[0].grad, problem.params[1].grad = g[:12].clone(), g[12:].clone()
+            optimizer.step()
+            average = 0.9 * average + 0.1 * g
+            squares, weight = 0.8 * squares + 0.2 * float(g @ g), 0.8 * weight + 0.2
+            signal = min(1.0, float(average.norm()) / (1 - 0.9**step) / math.sqrt(squares / weight))
+            moves.setdefault(size, []).append(problem.moved())
+            assert problem.moved() == pytest.approx(1e-3 * signal**2, rel=1e-6), step
+    assert moves[1.0] == pytest.approx(moves[1000.0], rel=1e-6)
+    assert min(moves[1.0]) < 0.1 * max(moves[1.0])
+
+
+def test_noise_is_compared_as_it_was_before_clipping() -> None:
+    """Clipping to a norm leaves the length of every step as it was, as far as gradients agree before it as after."""
+    found = []
+    for bound in (math.inf, 1e-3):
+        problem = Problem()
+        optimizer = adahesscale(problem, 1e-3, CalibratedRadius(problem.measure, noise_decay=0.9))
+        for _ in range(5):
+            problem.params[0].grad = problem.params[1].grad = None
+            problem.before = problem.output().detach()
+            ((problem.output() - 5.0) ** 2 / 2).backward()
+            for p in problem.params:
+                p.hess_diag = torch.ones_like(p)  # type: ignore[attr-defined]
+            torch.nn.utils.clip_grad_norm_(problem.params, bound)
+            optimizer.step()
+        found.append(problem.moved())
+    assert found[0] == pytest.approx(found[1], rel=1e-3)  # the weights of batches differ
+
+
+def test_the_radius_is_compared_with_noise_by_adahesscale_alone() -> None:
+    problem = Problem()
+    with pytest.raises(ValueError, match=r"noise_decay=0\.9 needs the average of the gradient"):
+        scaled_sgd(problem, 1e-3, CalibratedRadius(problem.measure, noise_decay=0.9))
+
+
+@pytest.mark.parametrize("useless", [0.0, -1.0, math.nan, None])
 def test_measures_that_say_nothing_change_nothing(useless: float | None) -> None:
     problem = Problem()
     found: list[float | None] = [None]
@@ -178,6 +226,61 @@ def test_measures_that_say_nothing_change_nothing(useless: float | None) -> None
         problem.deliver()
         optimizer.step()
     assert optimizer.stats["calibration"] == pytest.approx(20)
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
+def test_a_trial_too_short_to_be_measured_is_followed_by_a_longer_one(make: Any) -> None:
+    problem = Problem()
+    optimizer = make(problem, 1e-3, CalibratedRadius(lambda: problem.moved() if problem.moved() > 1e-4 else 0.0))
+    moves = []
+    for _ in range(3):
+        problem.deliver()
+        optimizer.step()
+        moves.append(problem.moved())
+    assert moves == pytest.approx([20e-3 * TRIAL**2, 1e-3, 1e-3])  # the second trial is seen, and completed
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
+def test_of_a_step_that_went_infinitely_far_a_hundredth_is_left(make: Any) -> None:
+    problem = Problem()
+    infinite = [False, False, True, False]
+    measure = lambda: math.inf if infinite.pop(0) else problem.moved()  # noqa: E731
+    optimizer = make(problem, 1e-3, CalibratedRadius(measure, every=1))
+    for _ in range(3):
+        problem.deliver()
+        optimizer.step()
+    assert problem.moved() == pytest.approx(1e-3 * TRIAL**2)
+    problem.deliver()
+    optimizer.step()
+    assert problem.moved() == pytest.approx(1e-3 * TRIAL**2)  # and so far the next goes
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
+@pytest.mark.parametrize(
+    ("saved", "own", "text"),
+    [
+        ("nats", "outputs", "saved in nats, and this optimizer takes it in outputs"),
+        ("nats", None, "saved in nats, and this optimizer takes it in units of the loss"),
+        (None, "nats", "saved in units of the loss, and this optimizer takes it in nats"),
+    ],
+)
+def test_a_state_with_delta_in_other_units_is_not_loaded(
+    make: Any, saved: str | None, own: str | None, text: str
+) -> None:
+    problem, other = Problem(), Problem()
+
+    def made(problem: Problem, name: str | None) -> Any:
+        radius = None if name is None else CalibratedRadius(problem.measure, name=name)
+        return make(problem, 1e-3, radius)
+
+    optimizer, later = made(problem, saved), made(other, own)
+    problem.deliver()
+    optimizer.step()
+    before = later.state_dict()["param_groups"]
+    with pytest.raises(ValueError, match=text):
+        later.load_state_dict(optimizer.state_dict())
+    assert later.state_dict()["param_groups"] == before
+    made(other, saved).load_state_dict(optimizer.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -200,13 +303,14 @@ def test_what_is_no_number_is_refused(given: dict[str, Any], text: str) -> None:
 def test_a_run_goes_on_from_its_state_bit_for_bit(make: Any) -> None:
     """The calibration and the average unit are state; the functions are the new optimizer's own."""
     first = Problem()
-    optimizer = make(first, 1e-3, CalibratedRadius(first.measure, unit=lambda: 2.0))
+    options = {"noise_decay": 0.9} if make is adahesscale else {}
+    optimizer = make(first, 1e-3, CalibratedRadius(first.measure, unit=lambda: 2.0, **options))
     for _ in range(7):
         first.deliver()
         optimizer.step()
     saved = pickle.loads(pickle.dumps(optimizer.state_dict()))
     second = Problem()
-    resumed = make(second, 1e-3, CalibratedRadius(second.measure, unit=lambda: 2.0))
+    resumed = make(second, 1e-3, CalibratedRadius(second.measure, unit=lambda: 2.0, **options))
     for mine, other in zip(second.params, first.params, strict=True):
         mine.data.copy_(other.data)
     resumed.load_state_dict(saved)
@@ -330,6 +434,7 @@ def test_damping_of_step_size_scaling(denominator: Any) -> None:
         ({"every": 0}, ValueError, "every must be at least 1, got 0"),
         ({"warmup": -1}, ValueError, "warmup must be >= 0, got -1"),
         ({"decay": 1.0}, ValueError, r"decay must be in \[0, 1\), got 1.0"),
+        ({"noise_decay": 1.0}, ValueError, r"noise_decay must be in \[0, 1\), got 1.0"),
         ({"unit_decay": -0.1}, ValueError, r"unit_decay must be in \[0, 1\), got -0.1"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
 from hesscale_lightning import AdaHesScale, StepSizeScaling
@@ -136,11 +138,12 @@ def exchange_policy(model: Any, policy: Any) -> None:
 def test_training_goes_on_with_a_policy_that_was_saved_alone(trained: Any, tmp_path: Path) -> None:
     case, options, model = trained
     model.policy.save(tmp_path / "policy.pth")
-    policy = case.policy.load(tmp_path / "policy.pth", device="cpu")
+    trusted = options.get("optimizer_class") is scaled_adam  # a function of this file: code to whoever loads it
+    policy = case.policy.load(tmp_path / "policy.pth", device="cpu", trusted=trusted)
     file = io.BytesIO()
     model.policy.save(file)
     file.seek(0)
-    assert_equal(case.policy.load(file).state_dict(), policy.state_dict())
+    assert_equal(case.policy.load(file, trusted=trusted).state_dict(), policy.state_dict())
     other = case.build(policy_options=options, seed=5, learning_rate=model.learning_rate)
     if getattr(model, "log_ent_coef", None) is not None:
         other.log_ent_coef.data.copy_(model.log_ent_coef.data)
@@ -194,6 +197,90 @@ def test_a_policy_of_plain_stable_baselines_can_be_loaded(tmp_path: Path) -> Non
     plain.policy.save(tmp_path / "policy.pth")
     policy = HesScaleActorCriticPolicy.load(tmp_path / "policy.pth")
     assert_equal(policy.state_dict(), plain.policy.state_dict())
+
+
+class Attack:
+    """What a stranger's file may hold: loading it calls a function."""
+
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.call = function, args
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def holding(content: Any) -> io.BytesIO:
+    file = io.BytesIO()
+    policy = named("PPO-Box").build().policy
+    data = {**policy._get_constructor_parameters(), "net_arch": content}
+    torch.save({"state_dict": policy.state_dict(), "data": data}, file)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        lambda mark: Attack(Path.touch, mark),
+        lambda mark: Attack(getattr, Attack(getattr, BasePolicy, "load"), "__func__"),
+        lambda mark: Attack(exec, f"import pathlib; pathlib.Path({str(mark)!r}).touch()"),
+    ],
+    ids=["a function", "getattr", "exec"],
+)
+def test_a_strangers_file_runs_no_code(attack: Any, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    with pytest.raises(ValueError, match=r"expected a file that a policy's save\(\) has written"):
+        HesScaleActorCriticPolicy.load(holding(attack(mark)))
+    assert not mark.exists()
+
+
+def test_a_file_with_code_names_it_and_is_loaded_if_it_is_trusted(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    file = holding({"pi": [64, 64], "vf": [64, 64], "own": Attack(Path.touch, mark)})
+    with pytest.raises(ValueError, match=r"with .*pathlib.*, and loading would run that code.*trusted=True"):
+        HesScaleActorCriticPolicy.load(file)
+    assert not mark.exists()
+    file.seek(0)
+    with suppress(Exception):  # what is left in net_arch is no architecture
+        HesScaleActorCriticPolicy.load(file, trusted=True)
+    assert mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"", "cannot read"), (b"GIF89a, and so on", "cannot be read|cannot read")]
+)
+def test_a_file_that_is_no_policy_is_an_error_of_one_line(content: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        HesScaleActorCriticPolicy.load(io.BytesIO(content))
+    assert "expected a file that a policy's save() has written" in str(caught.value)
+
+
+def test_a_file_of_weights_alone_says_what_it_holds() -> None:
+    file = io.BytesIO()
+    torch.save({"weight": torch.zeros(3)}, file)
+    file.seek(0)
+    with pytest.raises(ValueError, match="with a dict of weight, without data and state_dict"):
+        HesScaleActorCriticPolicy.load(file)
+
+
+def test_a_policy_with_a_partial_optimizer_is_loaded(tmp_path: Path) -> None:
+    options = {"optimizer_class": partial(AdaHesScale, eps=1e-3)}
+    policy = named("PPO-Box").build(policy_options=options).policy
+    policy.save(tmp_path / "policy.pth")
+    loaded = HesScaleActorCriticPolicy.load(tmp_path / "policy.pth")
+    assert loaded.optimizer.defaults["eps"] == policy.optimizer.defaults["eps"] == 1e-3
+
+
+@pytest.mark.parametrize("name", ["PPO-Box", "DQN-Discrete"])
+def test_a_policy_with_seeded_spaces_is_loaded(name: str) -> None:
+    case = named(name)
+    policy = case.build().policy
+    policy.action_space.seed(3)
+    file = io.BytesIO()
+    policy.save(file)
+    file.seek(0)
+    loaded = case.policy.load(file)
+    assert np.array_equal(loaded.action_space.sample(), policy.action_space.sample())
 
 
 @pytest.mark.filterwarnings("ignore:Training and eval env are not of the same type")

@@ -1,0 +1,14 @@
+"""Run by four processes: what needs two dimensions of a mesh, and what two processes have saved into a folder."""
+
+import sys
+from pathlib import Path
+
+from tests.distributed import fsdp_cases, lightning_cases, tensor_parallel_cases
+from tests.distributed.launching import begin, run_cases
+
+CASES = {name: case for name, case in fsdp_cases.CASES.items() if name.startswith("hybrid")}
+CASES |= tensor_parallel_cases.FOUR
+
+if __name__ == "__main__":
+    begin()
+    run_cases(CASES | lightning_cases.handed_over("resume", Path(sys.argv[1])))
