@@ -142,7 +142,8 @@ def _group_at(node: Node) -> Any:
 def _states() -> list[Any]:
     """Of the sharded modules, in the order in which they were sharded, which is that of all processes."""
     states = {id(state): state for ref in sharded_modules.values() if (state := ref()) is not None}
-    found = [state for state in states.values() if type(state).__name__ == "FSDPState"]
+    # By name, so that nothing is imported; replicate's state is one of these as well.
+    found = [s for s in states.values() if any(base.__name__ == "FSDPState" for base in type(s).__mro__)]
     for state in found:
         for group in groups_of(state):
             check_group(group)
