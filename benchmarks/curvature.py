@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.timing import Ratio, peak_bytes, ratios, write_table
+from benchmarks.timing import Ratio, peak_bytes, ratios, with_progress, write_table
 from hesscale_lightning import compile_step
 from hesscale_lightning.curvature import attach
 
@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="also replace the table in this page, for example README.md")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results = [measure(w, args.seconds) for w in WORKLOADS if args.only in w.name]
+    results = [measure(w, args.seconds) for w in with_progress(w for w in WORKLOADS if args.only in w.name)]
     print(
         "Time and peak memory over those of forward + backward; median (quartiles) of interleaved rounds, one thread.\n"
     )

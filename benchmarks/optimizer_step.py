@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.timing import Ratio, ratios, write_table
+from benchmarks.timing import Ratio, ratios, with_progress, write_table
 from hesscale_lightning.optim import AdaHesScale, StepSizeScaling
 
 NETWORKS: dict[str, list[int]] = {
@@ -65,7 +65,7 @@ def stepper(sizes: list[int], name: str) -> Callable[[], None]:
 
 def rows(seconds: float = 4.0) -> Iterator[tuple[str, str, Ratio]]:
     """Network, optimizer, and its time over Adam's."""
-    for network, sizes in NETWORKS.items():
+    for network, sizes in with_progress(NETWORKS.items()):
         timed = ratios([stepper(sizes, name) for name in VARIANTS], seconds, warm_up=20)
         for name, ratio in zip(VARIANTS, timed, strict=True):
             yield network, name, ratio

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.curvature import WORKLOADS, Workload
-from benchmarks.timing import Ratio, peak_bytes, ratios, write_table
+from benchmarks.timing import Ratio, peak_bytes, ratios, with_progress, write_table
 from hesscale_lightning.curvature import attach
 
 #: The most that the refined estimate's step is to take, over HesScale's.
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="also replace the table in this page")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [(w, measure(w, args.seconds)) for w in WORKLOADS if args.only in w.name]
+    rows = [(w, measure(w, args.seconds)) for w in with_progress(w for w in WORKLOADS if args.only in w.name)]
     print(table(rows))
     if args.write:
         write_table(args.write, "rank_one", table(rows))

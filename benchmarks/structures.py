@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.curvature import WORKLOADS
-from benchmarks.timing import ratios, write_table
+from benchmarks.timing import ratios, with_progress, write_table
 from hesscale_lightning.curvature import attach, engine
 
 
@@ -138,13 +138,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     lines = ["| network | first step, over an ordinary one | second step |", "|---|---|---|"]
-    for workload in WORKLOADS:
+    for workload in with_progress(WORKLOADS):
         torch.manual_seed(0)
         _, step = steps_of(workload.model(), workload.inputs(), workload.classes)
         first, second = first_steps(step, 15)
         lines.append(f"| {workload.name} | {first:.1f} | {second:.1f} |")
     lines += ["", "| loop | HesScale over the gradient |", "|---|---|"]
-    for name, (make, inputs) in LOOPS.items():
+    for name, (make, inputs) in with_progress(LOOPS.items()):
         torch.manual_seed(0)
         timed: list[Any] = ratios(steps_of(make(), inputs(), 10), args.seconds)
         lines.append(f"| {name} | {timed[1]} |")

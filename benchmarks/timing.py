@@ -7,11 +7,15 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from tqdm import tqdm
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,12 @@ def _quiet() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def with_progress(items: Iterable[Item]) -> Iterable[Item]:
+    """The items, with a bar on standard error that counts them; on terminals only."""
+    shown: Iterable[Item] = tqdm(list(items), unit="network", disable=None)
+    return shown
 
 
 def write_table(page: Path, name: str, table: str) -> None:

@@ -11,7 +11,10 @@ import pytest
 import torch
 import yaml
 
+from hesscale_lightning import DigitsDataModule, HesScaleModule
 from hesscale_lightning.command_line.cli import main
+from hesscale_lightning.command_line.networks import MLP as MLPNetwork
+from hesscale_lightning.command_line.report import report
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "examples" / "lightning").glob("*.yaml"))
@@ -137,6 +140,18 @@ def test_a_report_prints_coverage_and_layers_and_draws_a_picture(hesscale, capsy
     shares = [float(rows[name][2]) for name in ("net.0", "net.2", "net.4")]
     assert sum(shares) == pytest.approx(100, abs=0.2)
     assert (folder / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_shows_its_progress_where_it_is_asked_to_and_never_in_a_pipe(hesscale, capsys):
+    hesscale("report", MLP, "--picture", "null", "--batches", "3")
+    assert "Hessian diagonal:" not in capsys.readouterr().err
+    data = DigitsDataModule(batch_size=500)
+    data.setup()
+    batches = len(data.train_dataloader())
+    model = HesScaleModule(MLPNetwork([64, 10]))
+    found = report(model, data.train_dataloader(), batches=batches + 5, progress_bar=True)
+    assert found.batches == batches
+    assert f"| {batches}/{batches} " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_report_on_a_checkpoint_that_is_not_there_says_so(hesscale):

@@ -33,6 +33,7 @@ from lightning.pytorch.callbacks import Callback
 from matplotlib.axes import Axes
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
+from tqdm import tqdm
 
 from hesscale_lightning import AdaHesScale, DigitsDataModule, HesScaleCallback, HesScaleModule
 
@@ -225,9 +226,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module="lightning.pytorch")
     outcomes: dict[str, list[Outcome]] = {contender.name: [] for contender in CONTENDERS}
     print("\nThe same training at other learning rates ...", flush=True)
-    for factor in FACTORS:
-        for contender in CONTENDERS:
-            outcomes[contender.name].append(train(contender, factor, SHORT_EPOCHS if short else EPOCHS))
+    runs = [(factor, contender) for factor in FACTORS for contender in CONTENDERS]
+    for factor, contender in tqdm(runs, unit="run", disable=None):  # a bar on terminals only
+        outcomes[contender.name].append(train(contender, factor, SHORT_EPOCHS if short else EPOCHS))
     draw(outcomes, log, PICTURE)
     print(f"\nTraining loss at the end, and accuracy on unseen digits (!: worse than a guess):\n\n{table(outcomes)}\n")
     print(f"audit: {log['curvature/audit/relative_l1'][-1][1]:.1%} relative L1 error against the exact diagonal")

@@ -1,5 +1,6 @@
 """The report on a trained model: what curvature meets in its loss, and where its curvature is."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -135,6 +136,7 @@ def report(
     method: Method = "hesscale",
     quantize: Sequence[int] = (),
     quantize_method: Method = "hesscale_rank1",
+    progress_bar: bool | None = None,
 ) -> ModelReport:
     """Reports on a model's training loss and the curvature of its layers, leaving the model as it was.
 
@@ -149,6 +151,7 @@ def report(
         quantize: numbers of bits; for each, what rounding a layer's weights (its tensors of two or more dimensions)
             costs, ``sum h (w - Q(w))^2 / 2``.
         quantize_method: the method of these diagonals, which ranks the layers of deep networks best (docs/uses.md).
+        progress_bar: whether to show one on standard error; None shows it on a terminal only.
 
     Raises:
         ValueError: if a number of bits is out of range, there is no batch, or ``training_step``
@@ -161,7 +164,7 @@ def report(
         if not taken:
             raise ValueError("Found no training batch, expected at least one to compute curvature from.")
         found = coverage(_loss(model, taken[0], 0), [p for _, p in parameters])
-    diagonals = _over(model, taken, method)
+    diagonals = _over(model, taken, method, progress_bar)
     names = layer_names(model)
     layers: dict[str, list[Tensor]] = {}
     for name, p in model.named_parameters():
@@ -170,7 +173,7 @@ def report(
             layers.setdefault(names[id(p)], []).append(h)
     quantization: dict[int, dict[str, float]] = {bits: {} for bits in quantize}
     if quantization:
-        curvature = diagonals if quantize_method == method else _over(model, taken, quantize_method)
+        curvature = diagonals if quantize_method == method else _over(model, taken, quantize_method, progress_bar)
         weights = {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters() if p.ndim > 1}
         weights = {name: p for name, p in weights.items() if name in curvature}
         for bits, costs in quantization.items():
@@ -188,8 +191,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
 
-def _over(model: pl.LightningModule, batches: list[Any], method: Method) -> dict[str, Tensor]:
-    return hess_diag_over(model, None, batches, method=method, batch_size=_size, distributed=False, progress_bar=False)
+def _over(model: pl.LightningModule, batches: list[Any], method: Method, bar: bool | None) -> dict[str, Tensor]:
+    bar = sys.stderr.isatty() if bar is None else bar
+    return hess_diag_over(model, None, batches, method=method, batch_size=_size, distributed=False, progress_bar=bar)
 
 
 def _size(batch: Any) -> int:

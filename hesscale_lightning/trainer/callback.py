@@ -18,12 +18,14 @@ from hesscale_lightning.curvature.engine import Method
 from hesscale_lightning.trainer.audit import Audit, Reference
 from hesscale_lightning.trainer.backward_pass import BackwardPass
 from hesscale_lightning.trainer.eager import EagerSteps, has_compiled_code
+from hesscale_lightning.trainer.histograms import warn_without_histograms
 from hesscale_lightning.trainer.optimizer_step import add_trust_regions, complete_diagonals
 from hesscale_lightning.trainer.parameters import clear_diagonals, parameters_of
 from hesscale_lightning.trainer.reevaluation import Reevaluation
 from hesscale_lightning.trainer.schedule import Schedule
+from hesscale_lightning.trainer.searches import Searches
 from hesscale_lightning.trainer.settings import check_arguments, check_split, check_split_options, check_trainer
-from hesscale_lightning.trainer.step_logger import StepLogger, add_decrease, warn_without_histograms
+from hesscale_lightning.trainer.step_logger import StepLogger, add_decrease
 
 
 class HesScaleCallback(Callback):
@@ -47,7 +49,7 @@ class HesScaleCallback(Callback):
                                      ``scale/0``, ``scale/1`` with several param groups
     ``curvature/share/LAYER``        with ``per_layer``: the layer's share in the sum of all absolute entries
     ``curvature/mean_abs/LAYER``     with ``per_layer``: the layer's mean absolute entry
-    ``curvature/histogram``          with ``histogram``: counts of ``log10(abs(h))``, to TensorBoard
+    ``curvature/histogram``          with ``histogram``: counts of ``log10(abs(h))``
     ``curvature/actual_decrease``    with ``measure_decrease``: fall of the batch's loss, evaluated again after the step
     ``curvature/gain_ratio``         with ``measure_decrease``: actual over predicted decrease
     ``curvature/audit/relative_l1``  with ``audit``: sum of absolute errors over sum of absolute true entries
@@ -55,10 +57,9 @@ class HesScaleCallback(Callback):
     ``curvature/audit/overhead``     with ``audit``: time of forward, backward and curvature over that without curvature
     ================================ ==================================================================================
 
-    The diagonal is that of the loss which the optimizer minimises: of the mean over the micro-batches when gradients
-    are accumulated, of the mean over all processes under DDP and ModelParallelStrategy, without the loss scale under
-    ``16-mixed``. Gradient clipping does not change it. With several optimizers, the keys are
-    ``curvature/optimizer_0/trace`` and so on.
+    The diagonal is that of the loss which the optimizer minimises: of the mean over accumulated micro-batches and over
+    processes (DDP and ModelParallelStrategy), without the loss scale under ``16-mixed``. Gradient clipping does not
+    change it. With several optimizers, the keys are ``curvature/optimizer_0/trace`` and so on.
 
     Code compiled by ``torch.compile`` runs eagerly on the steps that compute a diagonal, so with a compiled network
     choose ``every_n_steps`` above 1. Parts that are compiled outside of the module cannot be found, and raise.
@@ -72,14 +73,13 @@ class HesScaleCallback(Callback):
         log_every_n_steps: log every n optimizer steps, or at the first refreshed step after that; 0 never logs. The
             default follows the trainer's ``log_every_n_steps``.
         per_layer: also log each layer's share and mean absolute entry.
-        histogram: also log a histogram of the entries' sizes, to loggers that have histograms (TensorBoard).
+        histogram: also log a histogram of the entries' sizes, to TensorBoard, Weights & Biases and MLflow.
         delta: shorten the steps of whatever optimizers the module returns, so that the second-order term of no step
             exceeds this, in units of the loss (StepSizeScaling; 1e-4 is a good start); null leaves them alone. Not for
             AdaHesScale, which has ``delta`` itself, and not for LBFGS.
         on_unsupported: what to do where the loss contains an operation without a curvature rule: ``error``, or ``skip``
-            the parameters behind it for the rest of the run, with one warning that names them. Skipped parameters get
-            no diagonal: they count in no statistic, and AdaHesScale and ``delta`` raise for them, so give those to
-            another optimizer.
+            the parameters behind it for the rest of the run, with one warning that names them. They count in no
+            statistic, and AdaHesScale and ``delta`` raise for them, so give those to another optimizer.
         audit: compare the diagonal with the true one on some steps: ``exact`` (one double backward pass for each
             compared entry), ``hutchinson`` (a random estimate on the compared entries), or null for no audit. Needs
             a loss that can be differentiated twice. Tensor hooks of the network run more often on these steps.
@@ -96,8 +96,7 @@ class HesScaleCallback(Callback):
 
     Example:
         >>> import lightning
-        >>> curvature = HesScaleCallback(log_every_n_steps=10)
-        >>> trainer = lightning.Trainer(callbacks=[curvature], logger=False, accelerator="cpu")
+        >>> trainer = lightning.Trainer(callbacks=[HesScaleCallback(per_layer=True)], logger=False, accelerator="cpu")
 
     The diagonal is HesScale's of Elsayed et al., "Revisiting Scalable Hessian Diagonal Approximations for Applications
     in Reinforcement Learning", ICML 2024.
@@ -140,6 +139,7 @@ class HesScaleCallback(Callback):
         self._schedule = Schedule()
         self._backward = BackwardPass()
         self._logger = StepLogger()
+        self._searches = Searches(self)
 
     def should_refresh(self, step: int) -> bool:
         """Decides whether the diagonal is computed on a step; override it for another schedule.
@@ -169,12 +169,14 @@ class HesScaleCallback(Callback):
             return
         check_trainer(trainer, pl_module, HesScaleCallback, self._reevaluation is not None)
         check_split_options(trainer, self.method, self.on_unsupported, self._audit is not None)
+        self._searches.prepare(trainer, pl_module)
         self._schedule.start(trainer, pl_module)
         self._backward.skipped = {}
         self._compiled = has_compiled_code(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Puts the trust region around the optimizers, before their state is restored from a checkpoint."""
+        self._searches.finish(trainer)
         check_split(trainer, pl_module)  # parameters are not split before
         if self.delta is not None:
             add_trust_regions(trainer, self.delta)
@@ -276,8 +278,6 @@ class HesScaleCallback(Callback):
         """Restores it."""
         self._schedule.load_state_dict(checkpoint["callbacks"].get(self.state_key, {}))
 
-    # -- how it is done
-
     @property
     def _attachment(self) -> Any:
         """What is attached now; None between the backward passes."""
@@ -291,6 +291,7 @@ class HesScaleCallback(Callback):
         return self._schedule.log_is_due(trainer, self.log_every_n_steps)
 
     def _release(self, pl_module: pl.LightningModule) -> None:
+        self._searches.release()
         self._backward.detach()
         self._eager.end()
         self._logger.reset()

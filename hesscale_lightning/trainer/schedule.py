@@ -78,6 +78,7 @@ class Schedule:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned; nothing from an empty one."""
+        self.step = -1  # whatever step comes next is decided about anew
         self.last_refresh = state_dict.get("last_refresh", self.last_refresh)
         self.last_audit = state_dict.get("last_audit", self.last_refresh)
 

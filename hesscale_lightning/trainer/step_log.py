@@ -1,6 +1,6 @@
 """What is logged of an optimizer's step: noted before it, completed after it, read from the device once."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,6 @@ from hesscale_lightning.metrics import (
     mean_abs,
     predicted_decrease,
 )
-from hesscale_lightning.metrics.distribution import BINS, HIGHEST, LOWEST
 from hesscale_lightning.optim.sharded import layout, local
 from hesscale_lightning.trainer import split_statistics
 
@@ -122,28 +121,3 @@ def layer_names(module: nn.Module) -> dict[int, str]:
         layer = name.replace("_orig_mod.", "").rpartition(".")[0]
         names[id(p)] = layer or name
     return names
-
-
-def can_log_histograms(loggers: Iterable[Any]) -> list[Any]:
-    """The loggers that take histograms: those with TensorBoard's writer."""
-    return [logger for logger in loggers if hasattr(getattr(logger, "experiment", None), "add_histogram_raw")]
-
-
-def write_histogram(loggers: Iterable[Any], key: str, counts: Tensor, step: int) -> None:
-    """Writes a histogram of ``log10 |h|`` to TensorBoard."""
-    width = (HIGHEST - LOWEST) / BINS
-    limits = [LOWEST + width * (k + 1) for k in range(BINS)]
-    middles = [limit - width / 2 for limit in limits]
-    numbers = counts.tolist()
-    for logger in loggers:
-        logger.experiment.add_histogram_raw(
-            key,
-            min=LOWEST,
-            max=HIGHEST,
-            num=int(sum(numbers)),
-            sum=sum(n * m for n, m in zip(numbers, middles, strict=True)),
-            sum_squares=sum(n * m * m for n, m in zip(numbers, middles, strict=True)),
-            bucket_limits=limits,
-            bucket_counts=numbers,
-            global_step=step,
-        )

@@ -4,11 +4,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hesscale_lightning.trainer.step_log import StepLog, can_log_histograms, layer_names, note_step, write_histogram
+from hesscale_lightning.trainer.histograms import write_histogram
+from hesscale_lightning.trainer.step_log import StepLog, layer_names, note_step
 
 
 class StepLogger:
@@ -72,16 +72,7 @@ class StepLogger:
         if trainer.is_global_zero:
             for log in logs:
                 if log.counts is not None:
-                    loggers = can_log_histograms(trainer.loggers)
-                    write_histogram(loggers, f"{log.prefix}/histogram", log.counts, step)
-
-
-def warn_without_histograms(trainer: pl.Trainer) -> None:
-    """Warns that histograms were asked for and no logger takes them."""
-    if trainer.is_global_zero and not can_log_histograms(trainer.loggers):
-        rank_zero_warn(
-            "HesScaleCallback found histogram=True and no logger that has histograms. Add a TensorBoardLogger."
-        )
+                    write_histogram(trainer.loggers, f"{log.prefix}/histogram", log.counts, step)
 
 
 def add_decrease(log: StepLog, trainer: pl.Trainer, outputs: dict[str, Any], after: Tensor | None) -> None:
