@@ -27,9 +27,9 @@ PROVEN = frozenset({
     _ENTERS, _LEAVES, "RedistributeBackward", "RegisterPostBackwardFunctionBackward",
     "AddmmBackward0", "MmBackward0", "BmmBackward0", "ViewBackward0", "UnsafeViewBackward0",
     "TransposeBackward0", "PermuteBackward0", "CloneBackward0", "ToCopyBackward0",
-    "AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0", "NegBackward0",
+    "AddBackward0", "AddBackward1", "SubBackward0", "MulBackward0", "DivBackward0", "NegBackward0",
     "TanhBackward0", "ReluBackward0", "GeluBackward0", "SiluBackward0", "SigmoidBackward0",
-    "EmbeddingBackward0", "NativeLayerNormBackward0",
+    "EmbeddingBackward0", "NativeLayerNormBackward0", "PowBackward0", "MeanBackward1", "RsqrtBackward0",
 })  # fmt: skip
 
 

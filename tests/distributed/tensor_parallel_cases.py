@@ -3,6 +3,7 @@
 import copy
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -96,10 +97,21 @@ class FeedForward(nn.Module):
         return self.down(gelu(self.up(x)))
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
+class WrittenNorm(nn.Module):
+    """RMS norm as language models write it out."""
+
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.n1, self.n2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5))
+
+
+class Block(nn.Module):
+    def __init__(self, norm: Any = nn.LayerNorm) -> None:
+        super().__init__()
+        self.n1, self.n2 = norm(WIDTH), norm(WIDTH)
         self.attention, self.feed = Attention(), FeedForward()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,10 +120,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, norm: Any = nn.LayerNorm) -> None:
         super().__init__()
-        self.embed, self.block = nn.Embedding(12, WIDTH), Block()
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 12)
+        self.embed, self.block = nn.Embedding(12, WIDTH), Block(norm)
+        self.norm, self.head = norm(WIDTH), nn.Linear(WIDTH, 12)
 
     def forward(self, i: Tensor) -> Tensor:
         return self.head(self.norm(self.block(self.embed(i)))).flatten(0, -2)
@@ -157,7 +169,7 @@ def sequence(net: Any, mesh: Any) -> None:
 
 def data(make: Any, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    if make is Transformer:
+    if make is not Products and not issubclass(getattr(make, "func", make), MLP):
         x, y = (torch.randint(12, (4, 6), generator=generator) for _ in range(2))
     else:
         x = torch.randn(8, 5, dtype=torch.float64, generator=generator)
@@ -298,6 +310,8 @@ TWO = {
     "transformer": lambda: diagonals(Transformer, inner),
     "sequence": lambda: diagonals(Transformer, sequence),
     "sequence, gauss-newton": lambda: diagonals(Transformer, sequence, "hesscale_gn"),
+    "sequence, RMS norm": lambda: diagonals(partial(Transformer, nn.RMSNorm), sequence),
+    "sequence, RMS norm written out": lambda: diagonals(partial(Transformer, WrittenNorm), sequence),
     "AdaHesScale": lambda: training(MLP, columns_and_rows, adahesscale()),
     "AdaHesScale, damped and clipped": lambda: training(MLP, on_dtensors, adahesscale(damping=0.1), clip=0.1),
     "StepSizeScaling": lambda: training(MLP, on_dtensors, scaling, clip=0.1),
