@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -76,6 +76,22 @@ class Casts(MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c(torch.tanh(self.b(torch.tanh(self.a(x.float()).double()).float())))
+
+
+class ByHand(MLP):
+    """Each process computes some columns of a tensor that all have, and the sum of all is gone on with."""
+
+    mesh: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.a(x)
+        if self.mesh is None:
+            return self.c(torch.tanh(self.b(torch.tanh(z))))
+        mine = torch.zeros(WIDTH, dtype=z.dtype, device=z.device)
+        mine[self.mesh.get_local_rank() :: self.mesh.size()] = 1
+        z = DTensor.from_local(z, self.mesh, [Replicate()]).to_local(grad_placements=[Partial()])
+        z = DTensor.from_local(torch.tanh(z) * mine, self.mesh, [Partial()]).redistribute(placements=[Replicate()])
+        return self.c(torch.tanh(self.b(z.to_local())))
 
 
 class Attention(nn.Module):
@@ -192,6 +208,10 @@ def difference(net: nn.Module, ref: nn.Module, name: str) -> float:
     return worst
 
 
+def by_hand(net: Any, mesh: Any) -> None:
+    net.mesh = mesh
+
+
 def products(net: Any, mesh: Any) -> None:
     whole = {"use_local_output": False}
     plan = {"a": ColwiseParallel(output_layouts=Shard(0), **whole), "b": ColwiseParallel(output_layouts=Replicate())}
@@ -304,6 +324,7 @@ TWO = {
     "on DTensors": lambda: diagonals(MLP, on_dtensors),
     "elementwise on DTensors": lambda: diagonals(Elementwise, on_dtensors),
     "elementwise on DTensors, gauss-newton": lambda: diagonals(Elementwise, on_dtensors, "hesscale_gn"),
+    "by hand": lambda: diagonals(ByHand, by_hand),
     "products on DTensors": lambda: diagonals(Products, products),
     "casts on DTensors": lambda: diagonals(Casts, on_dtensors),
     "checkpointed": lambda: diagonals(Checkpointed, columns_and_rows),
