@@ -33,6 +33,12 @@ PROVEN = frozenset({
 })  # fmt: skip
 
 
+_ADVICE = (
+    "let the module before it return local tensors (use_local_output=True), or run it outside of the part that is "
+    "split by tensor parallelism"
+)
+
+
 def is_distributed(tensor: Any) -> bool:
     """Whether it is a DTensor; without the import where there can be none."""
     if type(tensor) in _PLAIN:
@@ -86,10 +92,16 @@ def is_split(root: Node, found: Trace, method: str) -> bool:
             way = " -> ".join(step.name() for step in path(root, node))
             raise UnsupportedOperationError(
                 f"{node.name()} works on DTensors here, for which curvature has not been proven. Path from the loss: "
-                f"{way}. What to do: let the module before it return local tensors (use_local_output=True), or run it "
-                "outside of the part that is split by tensor parallelism."
+                f"{way}. What to do: {_ADVICE}."
             )
     return True
+
+
+def refusals(found: Trace) -> dict[Node, str]:
+    """By node, what to do about those operations on DTensors at which :func:`is_split` would raise."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return {}
+    return {node: _ADVICE for node in operations_on_dtensors(found) if node.name() not in PROVEN}
 
 
 def laid_out_like(tensor: Any, h: Any) -> Tensor:

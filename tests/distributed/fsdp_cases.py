@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.distributed import Sent
-from hesscale_lightning import AdaHesScale, attach, compile_step
+from hesscale_lightning import AdaHesScale, attach, compile_step, coverage
 from hesscale_lightning.optim import CalibratedRadius, StepSizeScaling
 from tests.distributed.launching import DEVICE, begin, run_cases
 
@@ -298,6 +298,19 @@ def uneven():
     return worst
 
 
+def covered():
+    """The report on a loss of a sharded model is that of one process's."""
+    net = mlp().double().to(DEVICE)
+    ref = copy.deepcopy(net)
+    shards = (shard(net, True), list(net.parameters()))[1]
+    x, y = data(net, 0)
+    mine, other = coverage(cross_entropy(net(x), y), shards), coverage(cross_entropy(ref(x), y), ref.parameters())
+    assert mine.unreached == other.unreached == 0
+    barrier = "RegisterPostBackwardFunctionBackward"
+    assert [entry for entry in mine.entries if entry.operation != barrier] == list(other.entries)
+    return 0.0
+
+
 def left_out():
     net = Branching().double().to(DEVICE)
     shard(net, False)
@@ -399,6 +412,7 @@ CASES = {
     "replicated": replicated,
     "uneven": uneven,
     "bytes": bytes_reduced,
+    "coverage": covered,
     "tied": lambda: diagonals(Tied),
     "frozen": lambda: diagonals(frozen),
     "unused": lambda: diagonals(unused),

@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention, silu
 from torch.utils.checkpoint import checkpoint
 
-from hesscale_lightning import AdaHesScale, UnsupportedOperationError, attach
+from hesscale_lightning import AdaHesScale, UnsupportedOperationError, attach, coverage
 from hesscale_lightning.curvature.graph import trace
 from hesscale_lightning.curvature.tensor_parallel import PROVEN, operations_on_dtensors
 from hesscale_lightning.optim import StepSizeScaling
@@ -297,6 +297,14 @@ class Hooked(MLP):
         return self.c(torch.tanh(self.b(torch.tanh(z))))
 
 
+def unproven_is_reported() -> float:
+    net, _, _ = pair(Unproven, on_dtensors)
+    x, y = data(MLP, 0)
+    report = coverage(cross_entropy(net(x), y))
+    assert [(e.operation, "use_local_output" in e.reason) for e in report.unsupported] == [("CumsumBackward0", True)]
+    return 0.0
+
+
 def split_loss() -> None:
     net, _, _ = pair(MLP, on_dtensors)
     x, _ = data(MLP, 0)
@@ -343,6 +351,7 @@ TWO = {
     "unproven": lambda: refused(
         UnsupportedOperationError, "CumsumBackward0 works on DTensors", lambda: diagonals(Unproven, on_dtensors)
     ),
+    "unproven is reported": unproven_is_reported,
     "changed by a hook": lambda: refused(RuntimeError, "hook changed the", lambda: diagonals(Hooked, on_dtensors)),
     "loss is a DTensor": lambda: refused(RuntimeError, "the loss is a DTensor", split_loss),
     "every proven operation is met": every_proven_operation_is_met,
