@@ -247,11 +247,6 @@ def two_callbacks() -> None:
     fit(HesScaleCallback(), HesScaleCallback("hesscale_gn"))
 
 
-@provokes("Found more than one stateful callback of type")
-def two_equal_callbacks() -> None:
-    fit(HesScaleCallback(), HesScaleCallback())
-
-
 @provokes("measure_decrease=True with manual optimization")
 def manual() -> None:
     fit(HesScaleCallback(measure_decrease=True), module=ManualModule())
