@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import prune
@@ -322,3 +323,14 @@ def test_a_frozen_parameter_is_refused():
     module.net.bias.requires_grad_(False)
     with pytest.raises(ValueError, match=r"Found net.bias, which does not require grad.*leave it out"):
         fit(module, HesScalePruning(1))
+
+
+def test_a_strategy_that_splits_parameters_is_refused():
+    class FSDPStrategy:
+        pass
+
+    class Trainer:
+        strategy = FSDPStrategy()
+
+    with pytest.raises(MisconfigurationException, match="found the strategy FSDPStrategy, which splits"):
+        HesScalePruning(1).setup(Trainer(), Quadratic(), "fit")
