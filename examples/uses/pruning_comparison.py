@@ -321,7 +321,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, help="how many seeds (5, with --quick 2)")
     options = settle(parser.parse_args(given), RESULTS, "docs/pruning.png")
     if not options.report:
-        tasks = (EXACT[0], "mnist1d, tanh MLP") if options.quick else CHOSEN
+        tasks = EXACT if options.quick else CHOSEN
         save(run(tasks, options.seeds or (2 if options.quick else SEEDS), options.folder), options.results)
     results = json.loads(options.results.read_text())
     draw(results, options.picture)
