@@ -7,6 +7,7 @@ generators of NumPy, activations and optimizers of PyTorch, extractors and sched
 
 from __future__ import annotations
 
+import functools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from torch import nn
 
-from hesscale_lightning.optim import AdaHesScale
+from hesscale_lightning.optim import AdaHesScale, StepSizeScaling
 
 
 def read_policy(path: Any, device: torch.device, trusted: bool) -> dict[str, Any]:
@@ -92,6 +93,8 @@ def _listed() -> list[Any]:
         *(c for c in vars(torch.optim).values() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)),
         RMSpropTFLike,
         AdaHesScale,
+        StepSizeScaling,
+        functools.partial,
         torch_layers.FlattenExtractor,
         torch_layers.NatureCNN,
         torch_layers.CombinedExtractor,

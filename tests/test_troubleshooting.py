@@ -14,7 +14,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hesscale_lightning import AdaHesScale, CurvatureTrace, HesScaleCallback, StepSizeScaling, attach, compile_step
+from hesscale_lightning import (
+    AdaHesScale,
+    CurvatureTrace,
+    HesScaleCallback,
+    SkipNonfiniteSteps,
+    StepSizeScaling,
+    attach,
+    compile_step,
+)
+from hesscale_lightning._torch_names import require
 from hesscale_lightning.command_line.cli import main
 from sb3_integration import HesScaleActorCriticMixin, HesScaleActorCriticPolicy, HesScaleLoggingCallback
 
@@ -70,10 +79,12 @@ class ManualModule(Module):
     automatic = False
 
 
-def fit(*callbacks: L.Callback, module: L.LightningModule | None = None, strategy: object = "auto") -> None:
+def fit(
+    *callbacks: L.Callback, module: L.LightningModule | None = None, strategy: object = "auto", steps: int = 1
+) -> None:
     trainer = L.Trainer(
         accelerator="cpu",
-        max_steps=1,
+        max_steps=steps,
         callbacks=list(callbacks),
         strategy=strategy,
         logger=False,
@@ -86,6 +97,11 @@ def fit(*callbacks: L.Callback, module: L.LightningModule | None = None, strateg
 
 def ppo(policy: object, **policy_kwargs: object) -> PPO:
     return PPO(policy, "CartPole-v1", n_steps=8, batch_size=8, n_epochs=1, device="cpu", policy_kwargs=policy_kwargs)
+
+
+@provokes("which the installed torch")
+def another_torch() -> None:
+    require(["torch._C._a_name_that_torch_has_dropped"])
 
 
 @provokes("no curvature rule for")
@@ -247,6 +263,21 @@ def two_callbacks() -> None:
     fit(HesScaleCallback(), HesScaleCallback("hesscale_gn"))
 
 
+class NotFinite(Module):
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).sum() * float("nan")
+
+
+@provokes("which is not finite")
+def bad_batch() -> None:
+    fit(SkipNonfiniteSteps(), module=NotFinite())
+
+
+@provokes("the next one is not finite either")
+def bad_batches() -> None:
+    fit(SkipNonfiniteSteps(max_in_a_row=1), module=NotFinite(), steps=2)
+
+
 @provokes("measure_decrease=True with manual optimization")
 def manual() -> None:
     fit(HesScaleCallback(measure_decrease=True), module=ManualModule())
@@ -314,6 +345,16 @@ def report(*args: str) -> None:
 @provokes("Its arguments are:")
 def wrong_argument() -> None:
     report("--model.init_args.optimiser", "Adam")
+
+
+class OwnActivation(nn.Tanh):
+    pass
+
+
+@provokes("and loading would run that code")
+def policy_with_a_class_of_ones_own() -> None:
+    ppo(HesScaleActorCriticPolicy, activation_fn=OwnActivation).policy.save("policy.pth")
+    HesScaleActorCriticPolicy.load("policy.pth")
 
 
 @provokes("which torch.load cannot read as weights")

@@ -120,16 +120,6 @@ def scaled_adam(params: Any, lr: float, **kwargs: Any) -> StepSizeScaling:
     return StepSizeScaling(torch.optim.Adam(params, lr=lr, eps=1e-5, **kwargs), denominator="abs", damping=0.01)
 
 
-class ByAgreement(HesScaleActorCriticPolicy):
-    """Goes as far in the region as gradients agree, instead of as far as the proposal."""
-
-    def _measured_in(self, *args: Any) -> dict[str, Any]:
-        options = super()._measured_in(*args)
-        options["radius"].noise_decay = 0.99
-        return options
-
-
-AGREEMENT = {"actor_optimizer_kwargs": {"delta": 3e-3}, "critic_optimizer_kwargs": {"delta": 1.0}}
 ADAM = {"optimizer_class": torch.optim.Adam, "optimizer_kwargs": {"eps": 1e-5}}  # eps as PPO's own
 PAPER = {"max_update": None, "delta": None, "lr_scale": 1.0}
 
@@ -144,7 +134,6 @@ def methods(algorithm: str) -> dict[str, Method]:
         "adam 1e-3": adam(1e-3),
         "adam 3e-3": adam(3e-3),
         "adam, adaptive": adam(RATE[algorithm], target_kl={"PPO": 0.01, "A2C": 1e-3}[algorithm]),
-        **({"nats by agreement": Method(policy=ByAgreement, policy_kwargs=AGREEMENT)} if algorithm == "A2C" else {}),
         "adam's direction in nats": Method(1.0, policy_kwargs={"optimizer_class": scaled_adam, "radius": "kl"}),
         "radius of the loss": Method(policy_kwargs={"radius": "loss"}),
         "paper's adahesscale": Method(

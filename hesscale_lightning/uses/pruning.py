@@ -32,7 +32,7 @@ class HesScalePruning(ModelPruning):
     Args:
         amount: How much of what is left to prune each time: a fraction, a number of entries (of units, if structured),
             or a function of the epoch that returns one, such as a :class:`SparsitySchedule`.
-        method: As for :func:`hesscale_lightning.attach`. With one that may be negative, what is below 0 counts as 0.
+        method: As for :func:`hesscale_lightning.attach`. What is below 0 counts as 0.
         batches: How many training batches the diagonal is the mean of; None takes all.
         parameters_to_prune: Pairs of a module and the name of its parameter; empty takes all weights and biases.
         parameter_names: Names of the parameters to take if no pairs are given: ``weight``, ``bias`` or both.
@@ -65,7 +65,7 @@ class HesScalePruning(ModelPruning):
     def __init__(
         self,
         amount: float | int | Callable[[int], float | int] = 0.5,
-        method: Method = "hesscale_gn",
+        method: Method = "hesscale",
         batches: int | None = None,
         parameters_to_prune: Places = (),
         parameter_names: list[str] | None = None,

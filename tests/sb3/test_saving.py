@@ -263,6 +263,14 @@ def test_a_file_of_weights_alone_says_what_it_holds() -> None:
         HesScaleActorCriticPolicy.load(file)
 
 
+def test_a_policy_with_a_partial_optimizer_is_loaded(tmp_path: Path) -> None:
+    options = {"optimizer_class": partial(AdaHesScale, eps=1e-3)}
+    policy = named("PPO-Box").build(policy_options=options).policy
+    policy.save(tmp_path / "policy.pth")
+    loaded = HesScaleActorCriticPolicy.load(tmp_path / "policy.pth")
+    assert loaded.optimizer.defaults["eps"] == policy.optimizer.defaults["eps"] == 1e-3
+
+
 @pytest.mark.parametrize("name", ["PPO-Box", "DQN-Discrete"])
 def test_a_policy_with_seeded_spaces_is_loaded(name: str) -> None:
     case = named(name)
