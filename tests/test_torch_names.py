@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 from hesscale_lightning import __version__
@@ -80,17 +81,28 @@ def test_every_private_name_that_a_source_writes_out_is_in_the_table():
     assert outside == set()
 
 
+def attributes_of_torch() -> set[str]:
+    """The private attributes of the kinds of object that the package gets from torch."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    node = (weight * weight).sum().grad_fn
+    operation = torch.ops.aten.add.Tensor
+    modules, optimizer = torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.optim.SGD([weight], lr=0.1)
+    storage, distribution = weight.untyped_storage(), torch.distributions.Normal(0.0, 1.0)
+    objects = [weight, node, operation, modules, optimizer, storage, distribution, torch.Size(), torch.Generator()]
+    return {name for thing in objects for name in dir(thing) if private(name)}
+
+
 def test_every_private_attribute_of_an_object_is_ours_or_in_the_table():
     ours = set().union(*map(defined, TREES.values()))
-    known = ours | OTHERS | ON_OBJECTS | {part for name in (*NAMES, *INDUCTOR) for part in name.split(".")}
+    known = ours | ON_OBJECTS | {part for name in (*NAMES, *INDUCTOR) for part in name.split(".")}
     attributes = {
         node.attr
         for tree in TREES.values()
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and private(node.attr)
     }
-    assert len(attributes) > 100
-    assert attributes - known == set()
+    assert {"_backward_hooks", "_version", "_forward_hooks"} <= attributes & attributes_of_torch()
+    assert (attributes & attributes_of_torch()) - known == set()
 
 
 def test_no_name_of_the_table_is_there_in_vain():
@@ -137,5 +149,5 @@ def test_a_missing_name_is_one_clear_message_at_import(package, name):
 
 def test_the_oldest_supported_torch_is_the_lower_bound_of_the_package():
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    (torch,) = (requirement for requirement in map(Requirement, dependencies) if requirement.name == "torch")
-    assert f">={SUPPORTED[0]}" in str(torch.specifier).split(",")
+    (found,) = (requirement for requirement in map(Requirement, dependencies) if requirement.name == "torch")
+    assert f">={SUPPORTED[0]}" in str(found.specifier).split(",")

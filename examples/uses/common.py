@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path += [str(ROOT / "examples/paper"), str(ROOT)]  # journal, pictures and tasks of the studies; benchmarks
-from optimization import Data  # noqa: E402
+sys.path.append(str(Path(__file__).resolve().parents[1] / "paper"))  # journal, pictures and tasks of the studies
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # benchmarks
+from optimization import Data
 
 BATCH = 64
 QUANTILES = {2: 12.706, 3: 4.303, 5: 2.776, 10: 2.262}  # of Student's t: 95 % for that many seeds

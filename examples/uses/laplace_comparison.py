@@ -5,8 +5,8 @@
     python examples/uses/laplace_comparison.py --report              # only tables and picture, from the results
 
 A classifier of the digits and a regression on the diabetes data are trained. Each backend fits a diagonal posterior of
-the last layer and of all layers, and the linearised network predicts the test samples. The prior's precision maximises
-the marginal likelihood (as does the noise of the regression), or is that of a grid with the lowest loss on the
+the last layer and of all layers, and the linearised network predicts the test samples. The prior's precision,
+and the noise of the regression, maximise the marginal likelihood, or are those of a grid with the lowest loss on the
 validation samples. Then the cost of one batch is measured over the number of classes. Needs laplace-torch:
 `pip install 'hesscale_lightning[laplace]'`.
 """
@@ -164,9 +164,9 @@ def predicted(
     part: str,
     prior: float,
 ) -> dict[str, float]:
-    """The scores of the linearised network under a diagonal posterior of precision ``h + prior``."""
+    """The scores of the linearised network under a diagonal posterior of precision ``h + prior``, or ``h / noise``."""
     mean, squares = derivatives[part]
-    return scores(task, mean, squares @ (1 / (h + prior)) + noise, getattr(data, f"{part}_y"))
+    return scores(task, mean, squares @ (1 / (h / (noise or 1.0) + prior)) + noise, getattr(data, f"{part}_y"))
 
 
 def run_one(key: tuple[str, str, int], data: Split, model: nn.Module) -> dict[str, Any]:
@@ -175,6 +175,8 @@ def run_one(key: tuple[str, str, int], data: Split, model: nn.Module) -> dict[st
     found: dict[str, Any] = {MAP: without(task, model, data)}
     diagonals: dict[str, Tensor] = {}
     derivatives: dict[str, tuple[Tensor, Tensor]] = {}
+    with torch.no_grad():
+        without_deviation = (model(data.x) - data.y).std().item() if TASKS[task] == "regression" else 0.0
     for backend in BACKENDS:
         fitted = posterior(model, TASKS[task], subset, backend)
         fitted.fit(loader(data))
@@ -183,13 +185,14 @@ def run_one(key: tuple[str, str, int], data: Split, model: nn.Module) -> dict[st
         diagonals[backend] = fitted.H.clone()
         tune(fitted)
         noise = float(fitted.sigma_noise) ** 2 if TASKS[task] == "regression" else 0.0
-        scale = 1 / float(fitted.sigma_noise) ** 2
-        judged = partial(predicted, task, data, derivatives, scale * fitted.H, noise)
-        losses = {prior: judged("val", prior)["nll"] for prior in PRIORS}
-        best = min(losses, key=lambda prior: losses[prior])
+        judged = partial(predicted, task, data, derivatives, fitted.H)
+        deviation = without_deviation if TASKS[task] == "regression" else 0.0
+        noises = [(deviation * 10 ** (k / 20)) ** 2 for k in range(-8, 13)] if deviation else [0.0]
+        losses = {(prior, other): judged(other, "val", prior)["nll"] for prior, other in product(PRIORS, noises)}
+        best, best_noise = min(losses, key=lambda pair: losses[pair])
         found[backend] = {
-            "marginal likelihood": judged("test", float(fitted.prior_precision)),
-            "validation": judged("test", best),
+            "marginal likelihood": judged(noise, "test", float(fitted.prior_precision)),
+            "validation": judged(best_noise, "test", best),
             "priors": [float(fitted.prior_precision), best],
         }
     exact = diagonals[EXACT]
@@ -241,7 +244,9 @@ def run(seeds: int, classes: tuple[int, ...], folder: Path) -> dict[str, Any]:
     """Run what is not done yet, and return the results."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    journal = Journal(folder / "runs.jsonl", {"steps": STEPS, "batch": BATCH, "backends": [*BACKENDS]})
+    journal = Journal(
+        folder / "runs.jsonl", {"steps": STEPS, "batch": BATCH, "backends": [*BACKENDS], "priors": PRIORS}
+    )
     keys: list[tuple[str, str, int]] = list(product(TASKS, SUBSETS, range(seeds)))
     for key in tqdm(keys, desc="posteriors", unit="network"):
         if key in journal.runs:
@@ -369,7 +374,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axis.set_xticks(range(len(BACKENDS)), list(BACKENDS), rotation=20, ha="right", fontsize=10)
         axis.set_ylabel("negative log-likelihood, test")
         axis.set_title(f"{task}, {TASKS[task]}; prior by validation", loc="left", fontweight="bold", fontsize=11)
-        axis.legend(frameon=False, fontsize=9.5)
+        low, high = axis.get_ylim()
+        axis.set_ylim(low, high + 0.16 * (high - low))  # room for the legend
+        axis.legend(frameon=False, fontsize=9.5, loc="upper center", ncols=3)
     numbers = [int(n) for n in results["runs"]["cost"]]
     for axis, what in zip(axes[1], ("time", "memory"), strict=True):
         axis.set(xscale="log", yscale="log", xlabel="number of classes", ylabel=f"{what} over that of the gradient")
@@ -378,9 +385,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
             axis.plot(numbers, found, marker="^" if name == "AsdlEF" else "o", color=COLOURS[name], label=name)
         plain(axis.xaxis, numbers)
         plain(axis.yaxis, [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000])
-        axis.set_title(
-            {"time": "Time of one batch", "memory": "Peak memory of one batch"}[what], loc="left", fontweight="bold"
-        )
+        title = {"time": "Time of one batch", "memory": "Peak memory of one batch"}[what]
+        axis.set_title(title, loc="left", fontweight="bold", fontsize=11)
     axes[1][0].legend(frameon=False, fontsize=9.5)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
