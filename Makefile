@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-rl examples paper test test-cuda test-distributed-cuda format lint type check docs bench matrix dist clean
+.PHONY: help install demo demo-rl examples paper uses test test-cuda test-distributed-cuda format lint type check docs bench matrix dist clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -34,6 +34,15 @@ examples: $(STAMP)  ## run every example config in full
 paper: $(STAMP)  ## reproduce docs/approximation.md (QUICK=1: in minutes, into outputs/)
 	for script in approximation_quality computational_cost rank_one_training; do \
 		$(BIN)/python examples/paper/$$script.py $(if $(QUICK),--quick,--write docs/approximation.md) || exit 1; \
+	done
+
+uses: $(STAMP)  ## redo the comparisons of docs/uses.md (QUICK=1: in two minutes, into outputs/); Laplace if laplace-torch is there
+	for use in pruning quantization laplace; do \
+		if [ $$use = laplace ] && ! $(BIN)/python -c "import laplace" 2>/dev/null; then \
+			echo "left out: Laplace posteriors need laplace-torch: $(BIN)/pip install -c constraints.txt -e '.[laplace]'"; \
+			continue; \
+		fi; \
+		$(BIN)/python examples/uses/$${use}_comparison.py $(if $(QUICK),--quick,--write docs/uses.md) || exit 1; \
 	done
 
 test: $(STAMP)  ## the whole test suite, doctests included

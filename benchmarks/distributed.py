@@ -1,4 +1,4 @@
-"""What curvature costs on two gloo processes: bytes sent by FSDP2, and time per step of DDP and FSDP2.
+"""What curvature costs on two gloo processes: bytes into collectives, and time per step.
 
 python -m benchmarks.distributed --write docs/distributed.md
 """
@@ -18,7 +18,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +30,7 @@ from hesscale_lightning import attach
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 WIDTH, BATCH, STEPS = 512, 64, 30
+ACCUMULATING = "FSDP2, four passes, reduced in the last"
 
 
 class Sent(TorchDispatchMode):
@@ -53,12 +57,23 @@ def _network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 16))
 
 
-def _step(model: nn.Module, x: Tensor, y: Tensor, kind: str, curvature: bool) -> None:
+def _sharded() -> nn.Module:
+    network = _network()
+    for layer in network[::2]:
+        fully_shard(layer)
+    return fully_shard(network)
+
+
+def _step(model: Any, x: Tensor, y: Tensor, kind: str, curvature: bool) -> None:
     model.zero_grad()
-    loss = cross_entropy(model(x), y)
-    if curvature:
-        attach(loss)
-    loss.backward()
+    passes = 4 if kind == ACCUMULATING else 1
+    for part in range(passes):
+        if kind == ACCUMULATING:
+            model.set_requires_gradient_sync(part == passes - 1)
+        loss = cross_entropy(model(x), y)
+        if curvature:
+            attach(loss)
+        loss.backward()
     if curvature and kind == "DDP":  # as HesScaleCallback does
         flat = torch.cat([p.hess_diag.reshape(-1) for p in model.parameters()])  # type: ignore[attr-defined]
         dist.all_reduce(flat)
@@ -69,11 +84,16 @@ def _work(rank: int, port: int, results: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     x, y = torch.randn(BATCH, WIDTH), torch.randint(16, (BATCH,))
-    sharded = _network()
-    for layer in sharded[::2]:
-        fully_shard(layer)
-    fully_shard(sharded)
-    models = {"DDP": DistributedDataParallel(_network()), "FSDP2": sharded}
+    models = {
+        "DDP": DistributedDataParallel(_network()),
+        "FSDP2": _sharded(),
+        ACCUMULATING: _sharded(),
+        "tensor parallel": parallelize_module(
+            _network(),
+            init_device_mesh("cpu", (2,)),
+            {"0": ColwiseParallel(), "2": RowwiseParallel(), "4": ColwiseParallel(output_layouts=Replicate())},
+        ),
+    }
     times: dict[tuple[str, bool], list[float]] = {(kind, c): [] for kind in models for c in (False, True)}
     for turn in range(STEPS + 5):
         for kind, curvature in times:
@@ -82,10 +102,11 @@ def _work(rank: int, port: int, results: Any) -> None:
             if turn >= 5:
                 times[kind, curvature].append(time.process_time() - start)
     sent = {}
-    for curvature in (False, True):
-        with Sent() as counted:
-            _step(sharded, x, y, "FSDP2", curvature)
-        sent[curvature] = dict(counted.bytes)
+    for kind, curvature in times:
+        if kind != "DDP":  # its reducer is not called through Python
+            with Sent() as counted:
+                _step(models[kind], x, y, kind, curvature)
+            sent[kind, curvature] = counted.bytes
     if rank == 0:
         results.put((sent, {key: median(value) for key, value in times.items()}))
     dist.barrier()  # leave together: a process that ends while another still talks to it is torn down
@@ -101,14 +122,17 @@ def measure() -> list[str]:
     mp.spawn(_work, args=(port, results), nprocs=2)
     sent, times = results.get()
     lines = [
-        "| FSDP2, bytes into collectives per step | gradient alone | with curvature | ratio |",
-        "|---|---|---|---|",
+        "| Bytes into collectives per optimizer step | | gradient alone | with curvature | ratio |",
+        "|---|---|---|---|---|",
     ]
-    for kind in ("gather", "reduce"):
-        before, after = sent[False][kind], sent[True][kind]
-        lines.append(f"| {kind} | {before} | {after} | {after / before:.2f} |")
-    lines += ["", "| CPU time per step | gradient alone | with curvature | ratio |", "|---|---|---|---|"]
-    for kind in ("DDP", "FSDP2"):
+    for kind in ("FSDP2", ACCUMULATING, "tensor parallel"):
+        for collective in ("gather", "reduce"):
+            before, after = sent[kind, False][collective], sent[kind, True][collective]
+            if before or after:
+                ratio = f"{after / before:.2f}" if before else ""
+                lines.append(f"| {kind} | {collective} | {before} | {after} | {ratio} |")
+    lines += ["", "| CPU time per optimizer step | gradient alone | with curvature | ratio |", "|---|---|---|---|"]
+    for kind in ("DDP", "FSDP2", ACCUMULATING, "tensor parallel"):
         before, after = times[kind, False] * 1e3, times[kind, True] * 1e3
         lines.append(f"| {kind} | {before:.1f} ms | {after:.1f} ms | {after / before:.2f} |")
     return lines

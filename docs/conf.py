@@ -112,7 +112,8 @@ def _read(app: Sphinx, page: str, source: list[str]) -> None:
 
 def _formula(self: HTML5Translator, node: nodes.Element) -> None:
     """Writes a formula as MathML; several lines are aligned at their ampersands."""
-    lines = re.sub(r"(?<=\\text)\{[^}]*\}", lambda words: words[0].replace(r"\_", "_"), node.astext())
+    lines = re.sub(r"\\[bB]igg?[lr]?(?![a-zA-Z])", "", node.astext())  # sizes of delimiters, which it does not know
+    lines = re.sub(r"(?<=\\text)\{[^}]*\}", lambda words: words[0].replace(r"\_", "_"), lines)
     block = isinstance(node, nodes.math_block)
     if block and "&" in lines:
         lines = rf"\begin{{aligned}}{lines}\end{{aligned}}"

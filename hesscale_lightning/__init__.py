@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from hesscale_lightning.trainer.nonfinite_steps import SkipNonfiniteSteps
     from hesscale_lightning.uses.data_diagonal import hess_diag_over
     from hesscale_lightning.uses.hess_diag_state import HessDiagState
+    from hesscale_lightning.uses.laplace_backend import HesScaleGGN
     from hesscale_lightning.uses.pruning import HesScalePruning
     from hesscale_lightning.uses.quantization import quantization_cost, quantized
     from hesscale_lightning.uses.sparsity_schedule import SparsitySchedule
@@ -65,6 +66,7 @@ _LAZY = {
     "EffectiveLearningRate": "hesscale_lightning.metrics",
     "LossDecrease": "hesscale_lightning.metrics",
     "StepSizeScale": "hesscale_lightning.metrics",
+    "HesScaleGGN": "hesscale_lightning.uses.laplace_backend",
     "HesScalePruning": "hesscale_lightning.uses.pruning",
     "SparsitySchedule": "hesscale_lightning.uses.sparsity_schedule",
     "HessDiagState": "hesscale_lightning.uses.hess_diag_state",
@@ -89,6 +91,7 @@ __all__ = [
     "DigitsDataModule",
     "EffectiveLearningRate",
     "HesScaleCallback",
+    "HesScaleGGN",
     "HesScaleModule",
     "HesScalePruning",
     "HessDiagState",

@@ -20,7 +20,8 @@ the values if it is quadratic, as the mean squared error is; the scale of the re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -43,6 +44,7 @@ class Evaluation:
         masks: The actions that are allowed, where there are such masks.
 
     Attributes:
+        random: State of the generators before it, with which it is repeated: dropout leaves out the same.
         before: Parameters of the distribution of actions.
         values: The output of ``value_net``.
         loss: The critic's loss, ``sum g^2 / (2 h)``, a scalar tensor; None before backward.
@@ -53,6 +55,10 @@ class Evaluation:
         self.radius = radius
         self.repeat = repeat
         self.masks = masks
+        device = radius.policy.device
+        self.random = [torch.get_rng_state()]
+        if device.type == "cuda":
+            self.random.append(torch.cuda.get_rng_state(device))
         self.before: list[tuple[Any, ...]] | None = None
         self.values: Tensor | None = None
         self.loss: Tensor | None = None
@@ -108,9 +114,9 @@ class PolicyRadius:
         if refused:
             raise ValueError(f'radius="kl" {refused}; pass radius="loss"')
         self.policy = policy
+        self._hooks = {"action_net": _ActionHook(self), "value_net": _ValueHook(self)}
         self._forget()
-        policy.action_net.register_forward_hook(_ActionHook(self))
-        policy.value_net.register_forward_hook(_ValueHook(self))
+        self._watch()
 
     def _forget(self) -> None:
         self._watched: Evaluation | None = None  # for a loss, under way
@@ -119,8 +125,32 @@ class PolicyRadius:
         self._values: Tensor | None = None  # while measuring
         self._measured: tuple[float | None, float | None] | None = None
 
+    def _watch(self) -> None:
+        """Hooks onto the last layers, also those that have been exchanged since."""
+        for name, hook in self._hooks.items():
+            layer = getattr(self.policy, name)
+            if hook not in layer._forward_hooks.values():
+                layer.register_forward_hook(hook)
+
+    @contextmanager
+    def _repeating(self, evaluation: Evaluation) -> Iterator[None]:
+        """What is evaluated here draws the evaluation's random numbers, and leaves no trace in buffers."""
+        device = self.policy.device
+        kept = [(buffer, buffer.clone()) for buffer in self.policy.buffers()]
+        self._measuring = True
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.set_rng_state(evaluation.random[0])
+                if device.type == "cuda":
+                    torch.cuda.set_rng_state(evaluation.random[1], device)
+                yield
+        finally:
+            self._measuring = False
+            for buffer, before in kept:
+                buffer.copy_(before)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"policy": self.policy}
+        return {"policy": self.policy, "_hooks": self._hooks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -134,6 +164,7 @@ class PolicyRadius:
             args: Its arguments.
             kwargs: Its keyword arguments.
         """
+        self._watch()
         masks = kwargs.get("action_masks", args[2] if len(args) > 2 else None) if self._can_mask() else None
         evaluation = self._watched = Evaluation(self, partial(evaluate, *args, **kwargs), masks)
         earlier = _distribution_of(self.policy.action_dist)
@@ -165,12 +196,12 @@ class PolicyRadius:
         Returns:
             The evaluation, without the curvature at the values, which is up to the caller.
         """
+        self._watch()
         evaluation = Evaluation(self, partial(evaluate, *args, **kwargs), None)
-        self._measuring = True
         try:
-            evaluation.repeat()
+            with self._repeating(evaluation):
+                evaluation.repeat()
         finally:
-            self._measuring = False
             evaluation.values, self._values = self._values, None
         evaluation.before = parameters_of(self.policy.action_dist)
         self.measure_on(evaluation)
@@ -250,11 +281,10 @@ class PolicyRadius:
             evaluation = self._of_step
             if evaluation is None or evaluation.before is None:
                 return None, None
-            self._measuring = True
             try:
-                evaluation.repeat()
+                with self._repeating(evaluation):
+                    evaluation.repeat()
             finally:
-                self._measuring = False
                 values, self._values = self._values, None
             divergence = float(kl_divergence(evaluation.before, parameters_of(self.policy.action_dist)))
             change = None

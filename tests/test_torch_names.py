@@ -18,6 +18,9 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for room in ("hesscale_lightning", "sb3_integration") for path in (ROOT / room).rglob("*.py"))
 # FSDP's internals: read only where parameters are sharded, and looked up there.
 ELSEWHERE = {"sharding.py", "sharding_names.py", "held_groups.py", "sharded.py"}
+# Attributes with an underscore of what is not torch's: named tuples, torchmetrics, Lightning, Stable-Baselines3.
+OTHERS = {"_replace", "_plot", "_computed", "_update_count", "_generate_state_key", "_trainer", "_vec_normalize_env"}
+OTHERS |= {"_current_progress_remaining", "_update_learning_rate", "_parameters_to_prune"}
 # Attributes that exist on objects only: a module's and an optimizer's hooks, an operation's schema and saved numbers.
 ON_OBJECTS = {"_forward_hooks", "_forward_pre_hooks", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"}
 ON_OBJECTS |= {"_schema", "_saved_other"}

@@ -1,14 +1,15 @@
-"""What a trust region in nats is worth: PPO and A2C of Stable-Baselines3, one setting, against tuned rivals.
+"""What a trust region is worth in reinforcement learning: algorithms of Stable-Baselines3 against tuned rivals.
 
     python examples/reinforcement_learning/study.py                        # everything; called again, it resumes
     python examples/reinforcement_learning/study.py --minutes 60 --workers 1
+    python examples/reinforcement_learning/study.py --stage off_policy     # DQN, SAC and TD3
     python examples/reinforcement_learning/study.py --report true          # the page from the stored results
 
-Every run is Stable-Baselines3's own algorithm with its own settings, but for 8 environments in parallel with rollouts
-of 2048 steps in all (PPO), and VecNormalize. Tasks and seeds are disjoint from those on which settings were chosen
-(`--stage development`: CartPole, InvertedPendulum and Reacher, seeds 0 to 4). Finished runs are appended to a file at
-once, the most telling ones first: every method on every task with one seed, then with the next. Set OMP_NUM_THREADS=1:
-the networks are small.
+Every run is Stable-Baselines3's own algorithm with its own settings; PPO and A2C, whose radius is in nats, have 8
+environments in parallel, PPO rollouts of 2048 steps in all, and VecNormalize. Tasks and seeds are disjoint from those
+on which settings were chosen (`--stage development`: CartPole, InvertedPendulum and Reacher, seeds 0 to 4). Finished
+runs are appended to a file at once, the most telling ones first: every method on every task with one seed, then with
+the next. Set OMP_NUM_THREADS=1: the networks are small.
 """
 
 from __future__ import annotations
@@ -29,25 +30,32 @@ from typing import Any
 import jsonargparse
 import numpy as np
 import torch
-from stable_baselines3 import A2C, PPO
+from stable_baselines3 import A2C, DQN, PPO, SAC, TD3
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from hesscale_lightning import AdaHesScale, StepSizeScaling
-from sb3_integration import HesScaleActorCriticPolicy
+from sb3_integration import HesScaleActorCriticPolicy, HesScaleDQNPolicy, HesScaleSACPolicy, HesScaleTD3Policy
 from sb3_integration.policy_radius import kl_divergence, parameters_of
 
 RESULTS = Path("examples/reinforcement_learning/results")
 ALGORITHMS: dict[str, Any] = {"PPO": PPO, "A2C": A2C}
-SETTINGS: dict[str, dict[str, Any]] = {"PPO": {"n_steps": 256}, "A2C": {}}
+OFF_POLICY: dict[str, Any] = {"DQN": DQN, "SAC": SAC, "TD3": TD3}
+SETTINGS: dict[str, dict[str, Any]] = {"PPO": {"n_steps": 256}}
 ENVIRONMENTS = 8  # in parallel
 BINS = 20  # points of a learning curve
 DEVELOPMENT = {"CartPole-v1": 40_000, "InvertedPendulum-v5": 40_000, "Reacher-v5": 40_000}
 TASKS = dict.fromkeys(["HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Swimmer-v5", "Acrobot-v1"], 150_000)
 DEVELOPMENT_SEEDS, SEEDS = range(5), range(100, 110)
 UNTRAINED, UNTRAINED_STEPS = "untrained", 20_000
-RATE = {"PPO": 3e-4, "A2C": 7e-4}  # Stable-Baselines3's
+OFF_POLICY_TASKS = {
+    "DQN": {"CartPole-v1": 50_000, "Acrobot-v1": 50_000},
+    "SAC": {"Pendulum-v1": 10_000, "Reacher-v5": 10_000},
+    "TD3": {"Pendulum-v1": 10_000, "Reacher-v5": 10_000},
+}
+OFF_POLICY_SEEDS = range(300, 305)
+RATE = {"PPO": 3e-4, "A2C": 7e-4, "DQN": 1e-4, "SAC": 3e-4, "TD3": 1e-3}  # Stable-Baselines3's
 FACTORS = (0.1, 10.0, 100.0, 1000.0)  # times that rate, for robustness; 1 is in the main comparison
 ROBUSTNESS = dict.fromkeys(["CartPole-v1", "Reacher-v5", "Acrobot-v1"], 50_000)
 ROBUSTNESS_SEEDS = range(200, 203)
@@ -58,7 +66,7 @@ class Run:
     """One training run.
 
     Attributes:
-        algorithm: "PPO" or "A2C".
+        algorithm: Its name in Stable-Baselines3.
         environment: Name of a gymnasium environment.
         method: A key of `methods()`.
         factor: What Stable-Baselines3's learning rate is multiplied by; 1 leaves the method's own.
@@ -126,6 +134,11 @@ PAPER = {"max_update": None, "delta": None, "lr_scale": 1.0}
 
 def methods(algorithm: str) -> dict[str, Method]:
     """Ours first, then its rivals, the most telling ones first."""
+    if algorithm in OFF_POLICY:
+        policy = {"DQN": HesScaleDQNPolicy, "SAC": HesScaleSACPolicy, "TD3": HesScaleTD3Policy}[algorithm]
+        rates = [RATE[algorithm], 1e-3 if RATE[algorithm] < 1e-3 else 3e-4]
+        rivals = {f"adam {rate:.0e}".replace("e-0", "e-"): Method(rate, policy="MlpPolicy") for rate in rates}
+        return {"adahesscale": Method(policy=policy), **rivals}
     adam = partial(Method, policy="MlpPolicy", policy_kwargs=ADAM)
     return {
         "nats": Method(),
@@ -150,7 +163,7 @@ def methods(algorithm: str) -> dict[str, Method]:
 def variants(algorithm: str) -> dict[str, Method]:
     """The settings of ours that were tried on the development tasks, each written out."""
     found = {}
-    for actor, critic, beta2 in VARIANTS[algorithm]:
+    for actor, critic, beta2 in VARIANTS.get(algorithm, []):
         options = {"betas": (0.9, beta2)}
         found[f"actor {actor:g}, critic {critic:g}, beta2 {beta2:g}"] = Method(
             policy_kwargs={
@@ -234,15 +247,19 @@ def train(run: Run) -> dict[str, Any]:
     warnings.filterwarnings("ignore")
     method = {**methods(run.algorithm), **variants(run.algorithm)}[run.method]
     rate = RATE[run.algorithm] if method.lr is None else method.lr
-    env = VecNormalize(make_vec_env(run.environment, n_envs=ENVIRONMENTS, seed=run.seed))
-    model = ALGORITHMS[run.algorithm](
+    env: VecEnv
+    if run.algorithm in OFF_POLICY:
+        env = make_vec_env(run.environment, seed=run.seed)
+    else:
+        env = VecNormalize(make_vec_env(run.environment, n_envs=ENVIRONMENTS, seed=run.seed))
+    model = {**ALGORITHMS, **OFF_POLICY}[run.algorithm](
         method.policy,
         env,
         learning_rate=rate * run.factor,
         seed=run.seed,
         device="cpu",
         policy_kwargs=method.policy_kwargs,
-        **SETTINGS[run.algorithm],
+        **SETTINGS.get(run.algorithm, {}),
     )
     returns = Returns()
     callbacks: list[BaseCallback] = [returns]
@@ -265,6 +282,13 @@ def train(run: Run) -> dict[str, Any]:
 
 def planned(stage: str) -> Iterator[Run]:
     """All runs of a stage, the most telling ones first."""
+    if stage == "off_policy":
+        for seed in OFF_POLICY_SEEDS:
+            for k in range(3):
+                for algorithm, lengths in OFF_POLICY_TASKS.items():
+                    for environment, steps in lengths.items():
+                        yield Run(algorithm, environment, list(methods(algorithm))[k], 1.0, seed, steps)
+        return
     tasks, seeds, factors = {
         "development": (DEVELOPMENT, DEVELOPMENT_SEEDS, (1.0,)),
         "main": (TASKS, SEEDS, (1.0,)),
@@ -301,7 +325,7 @@ class Arguments:
     """Options of the command line.
 
     Attributes:
-        stage: "main", "robustness", or "development", on which settings were chosen.
+        stage: "main", "robustness", "off_policy", or "development", on which settings were chosen.
         results: The folder of finished runs, a file for each stage.
         workers: Runs at a time.
         minutes: Begin no run after so many minutes.
@@ -331,7 +355,8 @@ def main() -> None:
         return
     results = arguments.results / f"{arguments.stage}.jsonl"
     done = finished(results)
-    first = {"main": SEEDS, "robustness": ROBUSTNESS_SEEDS, "development": DEVELOPMENT_SEEDS}[arguments.stage][0]
+    seeds = {"main": SEEDS, "robustness": ROBUSTNESS_SEEDS, "development": DEVELOPMENT_SEEDS}
+    first = seeds.get(arguments.stage, OFF_POLICY_SEEDS)[0]
     missing = [
         run
         for run in planned(arguments.stage)

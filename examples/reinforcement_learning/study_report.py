@@ -21,7 +21,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import trim_mean
-from study import BINS, FACTORS, RATE, ROBUSTNESS, SEEDS, TASKS, Run, finished, methods
+from study import (
+    BINS,
+    FACTORS,
+    OFF_POLICY_SEEDS,
+    OFF_POLICY_TASKS,
+    RATE,
+    ROBUSTNESS,
+    SEEDS,
+    TASKS,
+    Run,
+    finished,
+    methods,
+)
 
 PAGE = Path("docs/reinforcement_learning.md")
 CURVES, PROFILES = "reinforcement_learning_curves.png", "reinforcement_learning_profiles.png"
@@ -173,7 +185,41 @@ def tables(found: Found) -> str:
         lines += table(study)
         if study.under_way:
             lines += table(Study(found, algorithm))
-    return "\n".join(lines + robustness(found)) + "\n"
+    return "\n".join(lines + robustness(found) + off_policy(found)) + "\n"
+
+
+def off_policy(found: Found) -> list[str]:
+    """Final returns of algorithms with replay, on the seeds that all methods have."""
+    rows, fewest = [], len(OFF_POLICY_SEEDS)
+    for algorithm, tasks in OFF_POLICY_TASKS.items():
+        for task, steps in tasks.items():
+            of_method: dict[str, dict[int, float]] = {method: {} for method in methods(algorithm)}
+            for run, result in found.items():
+                if (run.algorithm, run.environment, run.steps) == (algorithm, task, steps):
+                    of_method[run.method][run.seed] = final(np.array(filled(result["curve"])))
+            seeds = sorted(set.intersection(*(set(values) for values in of_method.values())))
+            if len(seeds) < 2:
+                continue
+            fewest = min(fewest, len(seeds))
+            cells = []
+            for method, values in of_method.items():
+                kept = [values[seed] for seed in seeds]
+                name = "" if method == "adahesscale" else f"{method}: "
+                cells.append(f"{name}{statistics.mean(kept):.0f} ({min(kept):.0f} to {max(kept):.0f})")
+            rows.append(f"| {algorithm} | {task} | {steps:,} | {len(seeds)} | " + " | ".join(cells) + " |")
+    if not rows:
+        return []
+    state = "" if fewest == len(OFF_POLICY_SEEDS) else PRELIMINARY
+    return [
+        "",
+        "Algorithms with replay, with Stable-Baselines3's own settings, final returns, mean (worst to best run)"
+        f"{state}:",
+        "",
+        "| algorithm | task | steps | seeds | AdaHesScale, the policy's defaults | Adam, Stable-Baselines3's rate | "
+        "Adam, another rate |",
+        "|---" * 7 + "|",
+        *rows,
+    ]
 
 
 def table(study: Study) -> list[str]:
@@ -307,7 +353,9 @@ def draw(found: Found, folder: Path) -> None:
 
 def write(results: Path, page: Path = PAGE) -> None:
     """Writes the section and the pictures."""
-    found = {**finished(results / "main.jsonl"), **finished(results / "robustness.jsonl")}
+    found: dict[Run, dict[str, Any]] = {}
+    for stage in ("main", "robustness", "off_policy"):
+        found |= finished(results / f"{stage}.jsonl")
     begin, end = "<!-- generated: study -->\n", "<!-- end -->"
     before, rest = page.read_text().split(begin)
     page.write_text(before + begin + tables(found) + end + rest.split(end, 1)[1])

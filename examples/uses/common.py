@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "paper"))  # journal, pictures, and the tasks of optimization
+sys.path.append(str(Path(__file__).resolve().parents[1] / "paper"))  # journal, pictures and tasks of the studies
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # benchmarks
 from optimization import Data
 
 BATCH = 64

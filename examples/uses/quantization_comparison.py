@@ -257,7 +257,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes[0][0].set_ylabel("measured change of the loss (where it grows)")
     axes[1][0].set_ylabel("rank correlation over layers")
     axes[0][0].legend(frameon=False, loc="upper left", markerscale=1.6)
-    axes[1][0].legend(frameon=False, loc="lower right", fontsize=9)
+    axes[1][-1].legend(frameon=False, loc="lower center", fontsize=9, ncols=2, bbox_to_anchor=(0.5, 0.05))
     save_picture(figure, path)
 
 
@@ -267,7 +267,8 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, help="how many seeds (5, with --quick 2)")
     options = settle(parser.parse_args(given), RESULTS, "docs/quantization.png")
     if not options.report:
-        save(run(CHOSEN, options.seeds or (2 if options.quick else SEEDS), options.folder), options.results)
+        tasks = CHOSEN[:2] if options.quick else CHOSEN
+        save(run(tasks, options.seeds or (2 if options.quick else SEEDS), options.folder), options.results)
     results = json.loads(options.results.read_text())
     draw(results, options.picture)
     text = tables(results)

@@ -23,6 +23,8 @@ from hesscale_lightning.curvature.graph import AccumulateGrad, Node, Trace, trac
 from hesscale_lightning.curvature.plan import Output
 from hesscale_lightning.curvature.planning import make_plan
 from hesscale_lightning.curvature.registry import Operation, UnsupportedOperationError, find_rule, no_rule
+from hesscale_lightning.curvature.sharding import stand_ins
+from hesscale_lightning.curvature.tensor_parallel import refusals
 
 Status = Literal["exact", "approximate", "unsupported"]
 
@@ -152,7 +154,7 @@ def coverage(loss: Tensor, params: Iterable[Tensor] | None = None, *, method: Me
         exact: passes on all that arrives; what mixing operations make off the diagonal is dropped
     """
     root = root_of(loss, method)
-    leaves, inner = wanted_tensors(params)
+    leaves, inner = wanted_tensors(None if params is None else stand_ins(params))
     found = trace(root, leaves, inner)
     missing = 0 if leaves is None else len(leaves) - found.leaves - sum(found.index.get(n, -1) >= 0 for n, _ in inner)
     if found.index[root] < 0:
@@ -176,7 +178,9 @@ def supported_params(loss: Tensor, params: Iterable[Tensor]) -> tuple[list[Tenso
     """
     params = list(params)
     root = root_of(loss, "hesscale")
-    found = trace(root, {id(p) for p in params})
+    there = stand_ins(params)
+    found = trace(root, {id(p) for p in there})
+    split = refusals(found)
     behind: set[int] = set()
     blocked = [False] * len(found.nodes)
     for position, node in enumerate(found.nodes):
@@ -185,12 +189,13 @@ def supported_params(loss: Tensor, params: Iterable[Tensor]) -> tuple[list[Tenso
                 behind.add(id(node.variable))
             continue
         if not blocked[position]:
-            blocked[position] = _refusal(root, node, _operation(node, found)) is not None
+            blocked[position] = node in split or _refusal(root, node, _operation(node, found)) is not None
         if blocked[position]:
             for child, _, _ in found.edges[node]:
                 if found.index[child] >= 0:
                     blocked[found.index[child]] = True
-    return [p for p in params if id(p) not in behind], [p for p in params if id(p) in behind]
+    pairs = list(zip(params, there, strict=True))
+    return [p for p, q in pairs if id(q) not in behind], [p for p, q in pairs if id(q) in behind]
 
 
 def _refinement(root: Node, found: Trace, inner: dict[Output, Tensor]) -> tuple[Refined, ...]:
@@ -229,11 +234,12 @@ def _entries(root: Node, found: Trace, outside: set[Node]) -> list[Entry]:
     curved = [False] * len(nodes)  # whether curvature other than zero can arrive at a node
     absorbed: set[int] = set()
     entries: list[Entry] = []
+    split = refusals(found)
     for position, (node, rule) in enumerate(zip(nodes, rules, strict=True)):
         if type(node) is AccumulateGrad:
             continue
         inputs = [edge for edge in edges[node] if index[edge[0]] >= 0]
-        refusal = _refusal(root, node, operations[position])
+        refusal = split.get(node) or _refusal(root, node, operations[position])
         if refusal is None and rule is not None and node in others and not rule.multi_output:
             refusal = "its rule covers the first output only, and another output is used here"
         composite = None

@@ -12,7 +12,7 @@ What is read of FSDP2 that is not public is listed in :mod:`.sharding_names`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,9 +64,7 @@ def hold(root: Node, wanted: dict[int, Tensor] | None, method: str) -> tuple[Hel
     }
     asked = wanted
     if wanted is not None:
-        by_shard = {id(part.sharded_param): part._unsharded_param for part, _, _ in by_whole.values()}
-        wholes = [by_shard.get(key, tensor) for key, tensor in wanted.items()]
-        wanted = {id(whole): whole for whole in wholes}
+        wanted = {id(whole): whole for whole in stand_ins(wanted.values())}
     nodes = trace(root, None).nodes
     variables = [node.variable for node in nodes if type(node) is AccumulateGrad]
     parts = {id(v): by_whole[id(v)] for v in variables if id(v) in by_whole}
@@ -107,6 +105,21 @@ def hold(root: Node, wanted: dict[int, Tensor] | None, method: str) -> tuple[Hel
     return held, wanted
 
 
+def stand_ins(params: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors that stand in a graph for some parameters: for shards whole parameters, the others for themselves."""
+    params = list(params)
+    if not sharded_modules or not any(map(is_distributed, params)):
+        return params
+    by_shard = {
+        id(part.sharded_param): part._unsharded_param
+        for state in _states()
+        for group in groups_of(state)
+        for part in group.fsdp_params
+        if hasattr(part, "_unsharded_param")
+    }
+    return [by_shard.get(id(p), p) for p in params]
+
+
 def _refuse_scaled(groups: Sequence[Any]) -> None:
     for group in groups:
         factor = getattr(group, "gradient_divide_factor", None)
@@ -142,7 +155,8 @@ def _group_at(node: Node) -> Any:
 def _states() -> list[Any]:
     """Of the sharded modules, in the order in which they were sharded, which is that of all processes."""
     states = {id(state): state for ref in sharded_modules.values() if (state := ref()) is not None}
-    found = [state for state in states.values() if type(state).__name__ == "FSDPState"]
+    # By name, so that nothing is imported; replicate's state is one of these as well.
+    found = [s for s in states.values() if any(base.__name__ == "FSDPState" for base in type(s).__mro__)]
     for state in found:
         for group in groups_of(state):
             check_group(group)

@@ -27,10 +27,16 @@ PROVEN = frozenset({
     _ENTERS, _LEAVES, "RedistributeBackward", "RegisterPostBackwardFunctionBackward",
     "AddmmBackward0", "MmBackward0", "BmmBackward0", "ViewBackward0", "UnsafeViewBackward0",
     "TransposeBackward0", "PermuteBackward0", "CloneBackward0", "ToCopyBackward0",
-    "AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0", "NegBackward0",
+    "AddBackward0", "AddBackward1", "SubBackward0", "MulBackward0", "DivBackward0", "NegBackward0",
     "TanhBackward0", "ReluBackward0", "GeluBackward0", "SiluBackward0", "SigmoidBackward0",
-    "EmbeddingBackward0", "NativeLayerNormBackward0",
+    "EmbeddingBackward0", "NativeLayerNormBackward0", "PowBackward0", "MeanBackward1", "RsqrtBackward0",
 })  # fmt: skip
+
+
+_ADVICE = (
+    "let the module before it return local tensors (use_local_output=True), or run it outside of the part that is "
+    "split by tensor parallelism"
+)
 
 
 def is_distributed(tensor: Any) -> bool:
@@ -86,10 +92,16 @@ def is_split(root: Node, found: Trace, method: str) -> bool:
             way = " -> ".join(step.name() for step in path(root, node))
             raise UnsupportedOperationError(
                 f"{node.name()} works on DTensors here, for which curvature has not been proven. Path from the loss: "
-                f"{way}. What to do: let the module before it return local tensors (use_local_output=True), or run it "
-                "outside of the part that is split by tensor parallelism."
+                f"{way}. What to do: {_ADVICE}."
             )
     return True
+
+
+def refusals(found: Trace) -> dict[Node, str]:
+    """By node, what to do about those operations on DTensors at which :func:`is_split` would raise."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return {}
+    return {node: _ADVICE for node in operations_on_dtensors(found) if node.name() not in PROVEN}
 
 
 def laid_out_like(tensor: Any, h: Any) -> Tensor:

@@ -106,8 +106,10 @@ def place_gradients(params: Iterable[Any]) -> None:
     Torch itself leaves some otherwise, as that of an embedding that is split by rows. Nothing happens to the others.
     """
     for param in params:
+        if type(param) in _PLAIN:  # at every step, for every parameter
+            continue
         grad = param.grad
-        if grad is None or type(param) in _PLAIN or not (is_distributed(param) and is_distributed(grad)):
+        if grad is None or not (is_distributed(param) and is_distributed(grad)):
             continue
         if grad.placements != param.placements and grad.device_mesh == param.device_mesh:
             param.grad = grad.redistribute(placements=param.placements)

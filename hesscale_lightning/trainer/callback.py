@@ -168,7 +168,7 @@ class HesScaleCallback(Callback):
         if stage != "fit":
             return
         check_trainer(trainer, pl_module, HesScaleCallback, self._reevaluation is not None)
-        check_split_options(trainer, self.method, self.on_unsupported, self._audit is not None)
+        check_split_options(trainer, self.method, self._audit is not None)
         self._searches.prepare(trainer, pl_module)
         self._schedule.start(trainer, pl_module)
         self._backward.skipped = {}

@@ -66,14 +66,13 @@ def check_trainer(
         )
 
 
-def check_split_options(trainer: pl.Trainer, method: str, on_unsupported: str, audit: bool) -> None:
+def check_split_options(trainer: pl.Trainer, method: str, audit: bool) -> None:
     """Raises MisconfigurationException for options that do not work where parameters are split between processes."""
     if not is_model_parallel(trainer):
         return
     refused = {
         "an audit": (audit, "which differentiates twice through parameters that are split; set audit to null"),
         "method='hesscale_rank1'": (method == "hesscale_rank1", "which needs whole parameters; use 'hesscale'"),
-        "on_unsupported='skip'": (on_unsupported == "skip", "use 'error', and register_rule for the operation"),
     }
     for option, (found, advice) in refused.items():
         if found:

@@ -32,7 +32,7 @@ class HesScalePruning(ModelPruning):
     Args:
         amount: How much of what is left to prune each time: a fraction, a number of entries (of units, if structured),
             or a function of the epoch that returns one, such as a :class:`SparsitySchedule`.
-        method: As for :func:`hesscale_lightning.attach`. With one that may be negative, what is below 0 counts as 0.
+        method: As for :func:`hesscale_lightning.attach`. What is below 0 counts as 0.
         batches: How many training batches the diagonal is the mean of; None takes all.
         parameters_to_prune: Pairs of a module and the name of its parameter; empty takes all weights and biases.
         parameter_names: Names of the parameters to take if no pairs are given: ``weight``, ``bias`` or both.
@@ -43,7 +43,7 @@ class HesScalePruning(ModelPruning):
             network may be pruned.
         apply_pruning: Whether to prune, or a function of the epoch that tells.
         make_pruning_permanent: Whether masks are applied for good when training ends, and in checkpoints. Otherwise
-            they stay, beside the parameters as they were.
+            they stay, beside the parameters as they were. A run that is resumed has its masks either way.
         use_lottery_ticket_hypothesis: Whether what is left returns to its value before training after each pruning.
         resample_parameters: Whether it is drawn anew instead.
         verbose: 1 prints the sparsity reached, 2 that of every parameter as well.
@@ -65,7 +65,7 @@ class HesScalePruning(ModelPruning):
     def __init__(
         self,
         amount: float | int | Callable[[int], float | int] = 0.5,
-        method: Method = "hesscale_gn",
+        method: Method = "hesscale",
         batches: int | None = None,
         parameters_to_prune: Places = (),
         parameter_names: list[str] | None = None,
@@ -110,16 +110,56 @@ class HesScalePruning(ModelPruning):
         self.verbose = verbose
         self.places: Places = ()
         self._fitted: tuple[pl.Trainer, pl.LightningModule] | None = None
+        self._hook: Any = None
+        self._masks: dict[str, Tensor] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Finds the parameters to prune, as ModelPruning does."""
         super().setup(trainer, pl_module, stage)
         self.places = self._parameters_to_prune
         self._fitted = (trainer, pl_module)
+        self._hook = pl_module.register_load_state_dict_pre_hook(self._expect_masks)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Lets go of the trainer and the module."""
         self._fitted = None
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Applies the masks for good, if they are to be permanent, and keeps them for a run that goes on from here."""
+        self._masks = self._found_masks()
+        super().on_train_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The masks, which a checkpoint with permanent pruning does not hold beside the weights."""
+        return {"masks": self._found_masks() or self._masks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Puts the masks of a checkpoint in place, once its weights are loaded."""
+        self._masks = dict(state_dict["masks"])
+        for name, place in self._named_places().items():
+            if name in self._masks and not hasattr(place[0], f"{place[1]}_mask"):
+                prune.custom_from_mask(*place, self._masks[name].to(original(*place).device))
+
+    def _named_places(self) -> dict[str, tuple[nn.Module, str]]:
+        if self._fitted is None:
+            return {}
+        paths = {module: path for path, module in self._fitted[1].named_modules()}
+        candidates = [*self.places, *((owner, "bias") for owner, _ in self.places if _has_bias(owner))]
+        return {f"{paths[owner]}.{name}": (owner, name) for owner, name in candidates}
+
+    def _found_masks(self) -> dict[str, Tensor]:
+        """The masks that are there, by the name of the parameter."""
+        places = self._named_places().items()
+        return {name: mask_of(*place).clone() for name, place in places if hasattr(place[0], f"{place[1]}_mask")}
+
+    def _expect_masks(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Before weights with masks beside them are loaded: makes room for the masks."""
+        for name, place in self._named_places().items():
+            if f"{prefix}{name}_mask" in state_dict and not hasattr(place[0], f"{place[1]}_mask"):
+                prune.identity(*place)
 
     def importance(self, places: Places) -> dict[tuple[nn.Module, str], Tensor]:
         """The cost of removing each entry of some parameters; override it to rank by something else."""

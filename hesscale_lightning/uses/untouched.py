@@ -31,9 +31,9 @@ def untouched(model: nn.Module, training: bool = False) -> Iterator[list[tuple[s
     gradients = [(p, p.grad, dict(p._post_accumulate_grad_hooks or {})) for p in every]
     diagonals = [(p, p.__dict__["hess_diag"]) for p in every if "hess_diag" in p.__dict__]
     buffers = [
-        (module, name, buffer, None if buffer is None else buffer.detach().clone())
+        (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
-        for name, buffer in module._buffers.items()
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
     ]
     with ExitStack() as stack:
         stack.callback(_put_back, every, modes, gradients, diagonals, buffers)
@@ -61,7 +61,7 @@ def _put_back(
     modes: Sequence[tuple[nn.Module, bool]],
     gradients: Sequence[tuple[Any, Tensor | None, dict[Any, Any]]],
     diagonals: Sequence[tuple[Tensor, Any]],
-    buffers: Sequence[tuple[nn.Module, str, Tensor | None, Tensor | None]],
+    buffers: Sequence[tuple[nn.Module, str, Tensor, Tensor]],
 ) -> None:
     clear(every)
     for p, grad, hooks in gradients:
@@ -74,8 +74,8 @@ def _put_back(
         module.training = mode
     with torch.no_grad():
         for module, name, buffer, value in buffers:
-            module._buffers[name] = buffer
-            if buffer is not None and value is not None and not torch.equal(buffer, value):
+            setattr(module, name, buffer)
+            if not torch.equal(buffer, value):
                 buffer.copy_(value)
 
 

@@ -1,4 +1,7 @@
-"""The diagonal over a data set on two processes, against one process with all the data. Prints the largest error."""
+"""Run by two processes: the diagonal over a data set, each with its own part, against one process with all the data."""
+
+from functools import partial
+from itertools import product
 
 import torch
 import torch.distributed as dist
@@ -7,40 +10,52 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from hesscale_lightning import HessDiagState, hess_diag_over
+from tests.distributed.launching import DEVICE, begin, run_cases
+
+PARTS = [[slice(0, 5), slice(5, 9), slice(9, 10)], [slice(10, 17)]]  # batches of unequal number and size
 
 
-def main():
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+def problem():
+    """A network with a parameter that one process alone uses, its loss, all batches, and this process's."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     net.register_parameter("of_one_process", nn.Parameter(torch.ones(2, dtype=torch.float64)))
     x, y = torch.randn(17, 6, dtype=torch.float64), torch.randint(3, (17,))
-    parts = [[slice(0, 5), slice(5, 9), slice(9, 10)], [slice(10, 17)]]  # batches of unequal number and size
 
     def step(model, batch):
         used = (model.of_one_process**2).sum() if len(batch[0]) == 7 else 0.0
         return cross_entropy(nn.Sequential(*model.children())(batch[0]), batch[1]) + used
 
-    everything = [(x[part], y[part]) for part in parts[0] + parts[1]]
-    own = [(x[part], y[part]) for part in parts[rank]]
-    wrapped = DistributedDataParallel(net)
-    before = [p.grad for p in net.parameters()]
-    for reduction in ("mean", "sum"):
-        for dtype in (None, torch.float32):
-            options = {"step": step, "reduction": reduction, "progress_bar": False, "dtype": dtype}
-            expected = hess_diag_over(net, None, everything, distributed=False, **options)
-            whole = hess_diag_over(wrapped, None, own, **options)
-            state = HessDiagState()
-            hess_diag_over(net, None, own, batches=1, state=state, distributed=False, **options)
-            resumed = hess_diag_over(net, None, own, state=state, **options)
-            for name, h in expected.items():
-                scale = h.abs().max()
-                worst = max(((found[name] - h).abs().max() / scale).item() for found in (whole, resumed))
-                print(f"{rank} {reduction} {dtype} {name}\t{worst}", flush=True)  # noqa: T201
-    assert before == [p.grad for p in net.parameters()]
-    dist.destroy_process_group()
+    batches = [[(x[part], y[part]) for part in parts] for parts in PARTS]
+    return net.to(DEVICE), step, batches[0] + batches[1], batches[dist.get_rank()]
 
+
+def worst(found, expected):
+    return max(((found[name] - h).abs().max() / h.abs().max()).item() for name, h in expected.items())
+
+
+def over_parts(how, reduction, dtype):
+    """In one call, wrapped for training, or resumed after one batch."""
+    net, step, everything, own = problem()
+    options = {"step": step, "reduction": reduction, "progress_bar": False, "dtype": dtype}
+    expected = hess_diag_over(net, None, everything, distributed=False, **options)
+    if how == "wrapped":
+        net = DistributedDataParallel(net)
+    state = HessDiagState()
+    if how == "resumed":
+        hess_diag_over(net, None, own, batches=1, state=state, distributed=False, **options)
+    error = worst(hess_diag_over(net, None, own, state=state, **options), expected)
+    assert all(p.grad is None for p in net.parameters())
+    return error
+
+
+CASES = {
+    f"the diagonal over a data set, {how}, {reduction}, {dtype}": partial(over_parts, how, reduction, dtype)
+    for how, reduction, dtype in product(
+        ("whole", "wrapped", "resumed"), ("mean", "sum"), (torch.float64, torch.float32)
+    )
+}
 
 if __name__ == "__main__":
-    main()
+    begin()
+    run_cases(CASES)

@@ -8,6 +8,9 @@ from tests.distributed.launching import begin, run_cases
 
 CASES = {name: case for name, case in fsdp_cases.CASES.items() if name.startswith("hybrid")}
 CASES |= tensor_parallel_cases.FOUR
+CASES["trainer, fully_shard and tensor parallelism"] = lambda: lightning_cases.logged(
+    lightning_cases.adahesscale(), shard=lightning_cases.both
+)
 
 if __name__ == "__main__":
     begin()

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
@@ -14,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.distributed import Sent
-from hesscale_lightning import AdaHesScale, attach, compile_step
+from hesscale_lightning import AdaHesScale, attach, compile_step, coverage
 from hesscale_lightning.optim import CalibratedRadius, StepSizeScaling
 from tests.distributed.launching import DEVICE, begin, run_cases
 
@@ -78,6 +79,25 @@ def shard(net: nn.Module, children: bool, **options: object) -> None:
         for module in inner:
             fully_shard(module, **options)
     fully_shard(net, **options)
+
+
+def replicated():
+    """torch's ``replicate``, FSDP2 with copies in place of shards."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(1)
+    net = mlp().double().to(DEVICE)
+    ref = copy.deepcopy(net)
+    for module in (net[0], net[2], net):
+        replicate(module)
+    worst = 0.0
+    for step in range(3):
+        x, y = data(net, step)
+        for model, rows in ((ref, slice(None)), (net, slice(rank, None, world))):
+            model.zero_grad()
+            attach(loss := cross_entropy(model(x[rows]), y[rows]))
+            loss.backward()
+        worst = max(worst, difference(net, ref, "hess_diag"), difference(net, ref, "grad"))
+    return worst
 
 
 def by_columns(p: Tensor) -> Shard:
@@ -278,6 +298,19 @@ def uneven():
     return worst
 
 
+def covered():
+    """The report on a loss of a sharded model is that of one process's."""
+    net = mlp().double().to(DEVICE)
+    ref = copy.deepcopy(net)
+    shards = (shard(net, True), list(net.parameters()))[1]
+    x, y = data(net, 0)
+    mine, other = coverage(cross_entropy(net(x), y), shards), coverage(cross_entropy(ref(x), y), ref.parameters())
+    assert mine.unreached == other.unreached == 0
+    barrier = "RegisterPostBackwardFunctionBackward"
+    assert [entry for entry in mine.entries if entry.operation != barrier] == list(other.entries)
+    return 0.0
+
+
 def left_out():
     net = Branching().double().to(DEVICE)
     shard(net, False)
@@ -376,8 +409,10 @@ CASES = {
     "hybrid, accumulation without all-reduce": lambda: diagonals(mlp, accumulate="without all-reduce", mesh=hybrid()),
     "last pass without a layer": lambda: diagonals(Branching, False, accumulate="without sync"),
     "sharded by columns": lambda: diagonals(mlp, shard_placement_fn=by_columns),
+    "replicated": replicated,
     "uneven": uneven,
     "bytes": bytes_reduced,
+    "coverage": covered,
     "tied": lambda: diagonals(Tied),
     "frozen": lambda: diagonals(frozen),
     "unused": lambda: diagonals(unused),

@@ -3,6 +3,7 @@
 import copy
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -22,7 +23,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention, silu
 from torch.utils.checkpoint import checkpoint
 
-from hesscale_lightning import AdaHesScale, UnsupportedOperationError, attach
+from hesscale_lightning import AdaHesScale, UnsupportedOperationError, attach, coverage
 from hesscale_lightning.curvature.graph import trace
 from hesscale_lightning.curvature.tensor_parallel import PROVEN, operations_on_dtensors
 from hesscale_lightning.optim import StepSizeScaling
@@ -77,6 +78,22 @@ class Casts(MLP):
         return self.c(torch.tanh(self.b(torch.tanh(self.a(x.float()).double()).float())))
 
 
+class ByHand(MLP):
+    """Each process computes some columns of a tensor that all have, and the sum of all is gone on with."""
+
+    mesh: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.a(x)
+        if self.mesh is None:
+            return self.c(torch.tanh(self.b(torch.tanh(z))))
+        mine = torch.zeros(WIDTH, dtype=z.dtype, device=z.device)
+        mine[self.mesh.get_local_rank() :: self.mesh.size()] = 1
+        z = DTensor.from_local(z, self.mesh, [Replicate()]).to_local(grad_placements=[Partial()])
+        z = DTensor.from_local(torch.tanh(z) * mine, self.mesh, [Partial()]).redistribute(placements=[Replicate()])
+        return self.c(torch.tanh(self.b(z.to_local())))
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -96,10 +113,21 @@ class FeedForward(nn.Module):
         return self.down(gelu(self.up(x)))
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
+class WrittenNorm(nn.Module):
+    """RMS norm as language models write it out."""
+
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.n1, self.n2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5))
+
+
+class Block(nn.Module):
+    def __init__(self, norm: Any = nn.LayerNorm) -> None:
+        super().__init__()
+        self.n1, self.n2 = norm(WIDTH), norm(WIDTH)
         self.attention, self.feed = Attention(), FeedForward()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,10 +136,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, norm: Any = nn.LayerNorm) -> None:
         super().__init__()
-        self.embed, self.block = nn.Embedding(12, WIDTH), Block()
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 12)
+        self.embed, self.block = nn.Embedding(12, WIDTH), Block(norm)
+        self.norm, self.head = norm(WIDTH), nn.Linear(WIDTH, 12)
 
     def forward(self, i: Tensor) -> Tensor:
         return self.head(self.norm(self.block(self.embed(i)))).flatten(0, -2)
@@ -157,7 +185,7 @@ def sequence(net: Any, mesh: Any) -> None:
 
 def data(make: Any, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    if make is Transformer:
+    if make is not Products and not issubclass(getattr(make, "func", make), MLP):
         x, y = (torch.randint(12, (4, 6), generator=generator) for _ in range(2))
     else:
         x = torch.randn(8, 5, dtype=torch.float64, generator=generator)
@@ -178,6 +206,10 @@ def difference(net: nn.Module, ref: nn.Module, name: str) -> float:
         # A key's bias has no gradient, and what is computed of it is rounding.
         worst = max(worst, ((here - there).abs().max() / there.abs().max().clamp(min=1e-6)).item())
     return worst
+
+
+def by_hand(net: Any, mesh: Any) -> None:
+    net.mesh = mesh
 
 
 def products(net: Any, mesh: Any) -> None:
@@ -265,6 +297,14 @@ class Hooked(MLP):
         return self.c(torch.tanh(self.b(torch.tanh(z))))
 
 
+def unproven_is_reported() -> float:
+    net, _, _ = pair(Unproven, on_dtensors)
+    x, y = data(MLP, 0)
+    report = coverage(cross_entropy(net(x), y))
+    assert [(e.operation, "use_local_output" in e.reason) for e in report.unsupported] == [("CumsumBackward0", True)]
+    return 0.0
+
+
 def split_loss() -> None:
     net, _, _ = pair(MLP, on_dtensors)
     x, _ = data(MLP, 0)
@@ -292,12 +332,15 @@ TWO = {
     "on DTensors": lambda: diagonals(MLP, on_dtensors),
     "elementwise on DTensors": lambda: diagonals(Elementwise, on_dtensors),
     "elementwise on DTensors, gauss-newton": lambda: diagonals(Elementwise, on_dtensors, "hesscale_gn"),
+    "by hand": lambda: diagonals(ByHand, by_hand),
     "products on DTensors": lambda: diagonals(Products, products),
     "casts on DTensors": lambda: diagonals(Casts, on_dtensors),
     "checkpointed": lambda: diagonals(Checkpointed, columns_and_rows),
     "transformer": lambda: diagonals(Transformer, inner),
     "sequence": lambda: diagonals(Transformer, sequence),
     "sequence, gauss-newton": lambda: diagonals(Transformer, sequence, "hesscale_gn"),
+    "sequence, RMS norm": lambda: diagonals(partial(Transformer, nn.RMSNorm), sequence),
+    "sequence, RMS norm written out": lambda: diagonals(partial(Transformer, WrittenNorm), sequence),
     "AdaHesScale": lambda: training(MLP, columns_and_rows, adahesscale()),
     "AdaHesScale, damped and clipped": lambda: training(MLP, on_dtensors, adahesscale(damping=0.1), clip=0.1),
     "StepSizeScaling": lambda: training(MLP, on_dtensors, scaling, clip=0.1),
@@ -308,6 +351,7 @@ TWO = {
     "unproven": lambda: refused(
         UnsupportedOperationError, "CumsumBackward0 works on DTensors", lambda: diagonals(Unproven, on_dtensors)
     ),
+    "unproven is reported": unproven_is_reported,
     "changed by a hook": lambda: refused(RuntimeError, "hook changed the", lambda: diagonals(Hooked, on_dtensors)),
     "loss is a DTensor": lambda: refused(RuntimeError, "the loss is a DTensor", split_loss),
     "every proven operation is met": every_proven_operation_is_met,

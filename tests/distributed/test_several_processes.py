@@ -6,16 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed import four_cases, fsdp_cases, lightning_cases, tensor_parallel_cases
+from tests.distributed import data_diagonal_cases, four_cases, fsdp_cases, lightning_cases, tensor_parallel_cases
 from tests.distributed.launching import DEVICE, ROOT, launch, outcomes
 
 _TABLES = {
     "fsdp": fsdp_cases.CASES,
     "lightning": lightning_cases.CASES,
     "tensor_parallel": tensor_parallel_cases.TWO,
+    "data_diagonal": data_diagonal_cases.CASES,
 }
 _BOUNDS = {
     "casts on DTensors": 1e-5,  # single precision
+    **{name: 1e-6 for name in data_diagonal_cases.CASES if "float32" in name},
     "mixed precision": 0.1,  # bfloat16 has 8 bits
     "measured decrease": 1e-4,  # a difference of losses in float32
 }

@@ -473,3 +473,37 @@ def test_the_radius_of_the_loss_is_there_still() -> None:
     assert isinstance(model.policy.optimizer, AdaHesScale)
     assert not any(model.policy.optimizer.radii)
     model.learn(32)
+
+
+def test_dropout_and_batch_normalisation_are_not_measured() -> None:
+    """The measure leaves out the same units and leaves running statistics alone: without a step nothing has changed."""
+    model = PPO(HesScaleActorCriticPolicy, "CartPole-v1", n_steps=16, batch_size=16, seed=0, device="cpu")
+    policy = model.policy
+    layers = [torch.nn.BatchNorm1d(64, affine=False), torch.nn.Dropout(0.5)]
+    for net in (policy.mlp_extractor.policy_net, policy.mlp_extractor.value_net):
+        net.extend(layers)
+    policy.set_training_mode(True)
+    observations, actions = torch.randn(16, 4), torch.randint(2, (16,))
+    values, log_prob, _ = policy.evaluate_actions(observations, actions)
+    (log_prob.mean() + values.square().mean()).backward()
+    seen, random = layers[0].num_batches_tracked.clone(), torch.get_rng_state()
+    radius = policy.policy_radius
+    assert radius.divergence() == 0.0
+    assert radius.value_change() == 0.0
+    assert torch.equal(layers[0].num_batches_tracked, seen)
+    assert torch.equal(torch.get_rng_state(), random)
+    with torch.no_grad():
+        policy.action_net.bias[0] += 0.1
+    radius._measured = None
+    assert radius.divergence() == pytest.approx(0.1**2 / 8, rel=0.05)  # p (1 - p) / 2 (0.1)^2 where p is nearly 1/2
+
+
+def test_a_last_layer_that_was_exchanged_is_watched() -> None:
+    model = PPO(HesScaleActorCriticPolicy, "CartPole-v1", n_steps=16, batch_size=16, seed=0, device="cpu")
+    policy = model.policy
+    policy.value_net = torch.nn.Linear(64, 1)
+    values, log_prob, _ = policy.evaluate_actions(torch.randn(16, 4), torch.randint(2, (16,)))
+    (log_prob.mean() + values.square().mean()).backward()
+    with torch.no_grad():
+        policy.value_net.bias += 0.1
+    assert policy.policy_radius.value_change() == pytest.approx(0.1**2, rel=1e-4)

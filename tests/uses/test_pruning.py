@@ -5,7 +5,7 @@ from itertools import combinations
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import prune
@@ -180,6 +180,39 @@ def test_pruning_is_permanent_only_if_it_is_said_so(permanent, tmp_path):
         assert (net[0].weight_orig != 0).all()
         pruned = torch.cat([net[0].weight_mask.flatten(), net[3].weight_mask.flatten()]) == 0
     assert pruned.sum() == 36 + 18  # half of 72, and half of what is left
+
+
+def resumable(folder, permanent, epochs, dim=None):
+    net = make_net()
+    places = [] if dim is None else [(net[0], "weight")]
+    schedule = SparsitySchedule(0.5, begin_epoch=1, end_epoch=1)
+    pruning = HesScalePruning(
+        schedule, parameters_to_prune=places, pruning_dim=dim, make_pruning_permanent=permanent, batches=2
+    )
+    saving = ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}")
+    trainer = pl.Trainer(
+        max_epochs=epochs, callbacks=[pruning, saving], accelerator="cpu", logger=False, enable_progress_bar=False
+    )
+    return Classifier(net, adam), trainer
+
+
+@pytest.mark.parametrize("dim", [None, 0])
+@pytest.mark.parametrize("permanent", [True, False])
+def test_a_resumed_run_has_its_masks_and_ends_as_an_uninterrupted_one(permanent, dim, tmp_path):
+    loader = make_loader(make_batches(3))
+    whole, trainer = resumable(tmp_path / "whole", permanent, 4, dim)
+    trainer.fit(whole, loader)
+    first, trainer = resumable(tmp_path / "first", permanent, 3, dim)
+    trainer.fit(first, loader)
+    second, trainer = resumable(tmp_path / "second", permanent, 4, dim)
+    trainer.fit(second, loader, ckpt_path=tmp_path / "first" / "epoch=2.ckpt")
+    assert trainer.current_epoch == 4
+    left = torch.cat([p.flatten() for p in (second.net[0].weight, second.net[0].bias)]) != 0
+    assert 0 < left.sum() < 56
+    for name in ("weight", "bias"):
+        for layer in (0, 3):
+            torch.testing.assert_close(getattr(second.net[layer], name), getattr(whole.net[layer], name))
+    assert hasattr(second.net[0], "weight_mask") == (not permanent)
 
 
 def test_the_rest_goes_on_training_and_what_is_pruned_stays_zero():
