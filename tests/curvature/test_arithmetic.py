@@ -65,6 +65,8 @@ CASES = [
     Case("maximum of equals", torch.maximum, [torch.ones(3).double(), torch.ones(3).double()], ["MaximumBackward0"]),
     Case("fmax", torch.fmax, AB, ["FmaxBackward0"]),
     Case("fmin", torch.fmin, AB, ["FminBackward0"]),
+    Case("fmax of equals", torch.fmax, [torch.ones(3).double(), torch.ones(3).double()], ["FmaxBackward0"]),
+    Case("fmin of equals", torch.fmin, [torch.ones(3).double(), torch.ones(3).double()], ["FminBackward0"]),
     Case("atan2", torch.atan2, AB, ["Atan2Backward0"]),
     Case("hypot", torch.hypot, AB, ["HypotBackward0"]),
     Case("logaddexp", torch.logaddexp, [(3, 4), (4,)], ["LogaddexpBackward0"]),

@@ -206,15 +206,27 @@ def hypot(op: Operation) -> Any:
 def extremum(op: Operation) -> Any:
     """The selected input has slope 1; on a tie torch gives each of the two 1/2."""
     a, b = op.input(0, "self"), op.input(1, "other")
-    if op.name == "MinimumBackward0":
+    if op.name in ("MinimumBackward0", "FminBackward0"):
         a, b = b, a
     half = 1 - 0.5 * (a == b).to(carried(op.output_dtype()))
     return (half.masked_fill(a < b, 0), half.masked_fill(a > b, 0)), {}
 
 
+def _shares_ties() -> bool:
+    """Whether fmax, as maximum, gives each of two equal inputs 1/2: since torch 2.14."""
+    with torch.enable_grad():
+        x = torch.zeros((), requires_grad=True)
+        return bool(torch.autograd.grad(torch.fmax(x, torch.zeros(())), x)[0] == 0.5)
+
+
+_FMAX_SHARES_TIES = _shares_ties()
+
+
 @register_rule("FmaxBackward0", "FminBackward0", elementwise=True, curved=False)
 def extremum_ignoring_nan(op: Operation) -> Any:
-    """The selected input has slope 1; on a tie the first."""
+    """The selected input has slope 1; on a tie the first, and each of the two 1/2 since torch 2.14."""
+    if _FMAX_SHARES_TIES:
+        return extremum(op)
     a, b = op.input(0, "self"), op.input(1, "other")
     first = ((a >= b) if op.name == "FmaxBackward0" else (a <= b)) | b.isnan()
     return (first, ~first), {}
