@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from hesscale_lightning import HesScaleCallback, HesScalePruning, SparsitySchedule, exact_hess_diag
+from hesscale_lightning.command_line.cli import main
 from hesscale_lightning.uses.pruning import LowestImportance
 from tests.lightning_models import Classifier, make_batches, make_loader, make_net
 
@@ -292,6 +293,37 @@ def test_the_lowest_importance_has_a_sign():
         amount=1,
     )
     assert layer.weight_mask.tolist() == [[1, 0, 1]]
+
+
+CONFIG = """
+trainer:
+  callbacks:
+    - class_path: hesscale_lightning.HesScalePruning
+      init_args:
+        amount:
+          class_path: hesscale_lightning.SparsitySchedule
+          init_args: {final_sparsity: 0.5, begin_epoch: 0, end_epoch: 0}
+        batches: 2
+"""
+
+
+def test_a_config_file_of_the_command_line_names_it(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    model = [
+        "--model=hesscale_lightning.HesScaleModule",
+        "--model.init_args.net.class_path=hesscale_lightning.networks.MLP",
+        "--model.init_args.net.init_args.sizes=[64,8,10]",
+        "--model.init_args.optimizer=torch.optim.Adam",
+        "--data=hesscale_lightning.DigitsDataModule",
+    ]
+    quiet = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.max_epochs=1"]
+    main(["fit", "--config=config.yaml", *model, *quiet, "--trainer.default_root_dir=."])
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    weights = torch.load(checkpoint, weights_only=True)["state_dict"]
+    parameters = torch.cat([value.flatten() for value in weights.values()])
+    assert (parameters == 0).sum() == len(parameters) // 2
 
 
 BAD = {
