@@ -231,8 +231,8 @@ def compared(results: dict[str, Any], kind: str, method: str, other: str, tasks:
 
 def tables(results: dict[str, Any]) -> str:
     head = (
-        f"{len(results['tasks'])} networks, {results['seeds']} seeds; {results['minutes']:.0f} minutes "
-        f"({machine(results['environment'])}). A network at a sparsity counts as higher or lower where the 95 % "
+        f"{len(results['tasks'])} networks, {results['seeds']} seeds; {results['minutes']:.1f} minutes of processor "
+        f"time ({machine(results['environment'])}). A network at a sparsity counts as higher or lower where the 95 % "
         "interval of the paired difference in test accuracy leaves out 0."
     )
     parts = [head, findings(results)]
