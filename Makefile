@@ -39,7 +39,7 @@ paper: $(STAMP)  ## reproduce docs/approximation.md (QUICK=1: in minutes, into o
 uses: $(STAMP)  ## redo the comparisons of docs/uses.md (QUICK=1: in two minutes, into outputs/); Laplace if laplace-torch is there
 	for use in pruning quantization laplace; do \
 		if [ $$use = laplace ] && ! $(BIN)/python -c "import laplace" 2>/dev/null; then \
-			echo "left out: Laplace posteriors need laplace-torch: $(BIN)/pip install -c constraints.txt -e '.[laplace]'"; \
+			echo "left out: Laplace posteriors need laplace-torch; docs/uses.md says how to install it"; \
 			continue; \
 		fi; \
 		$(BIN)/python examples/uses/$${use}_comparison.py $(if $(QUICK),--quick,--write docs/uses.md) || exit 1; \

@@ -68,6 +68,17 @@ def nightly(session: nox.Session) -> None:
 
 
 @nox.session(python=PYTHON[0])
+def laplace(session: nox.Session) -> None:
+    """The tests of the backend for laplace-torch, which dev leaves out."""
+    pinned = constraints(session, PINNED)
+    session.install("--constraint", pinned, f"torch=={PINNED}", "--editable", ".[dev,laplace]")
+    # laplace-torch asks for torchvision and does not import it; a build unlike torch's would break torchmetrics.
+    session.run("python", "-m", "pip", "uninstall", "--yes", "torchvision")
+    session.env["OMP_NUM_THREADS"] = "1"
+    session.run("python", "-m", "pytest", "tests/uses", *session.posargs)
+
+
+@nox.session(python=PYTHON[0])
 def dist(session: nox.Session) -> None:
     """Builds the sdist, and from it the wheel, and checks what their metadata would look like to a reader."""
     for left_over in ("build", "dist"):

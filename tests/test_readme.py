@@ -39,3 +39,11 @@ def test_the_plain_loop_trains():
     namespace: dict = {}
     exec(compile(block, "README.md", "exec"), namespace)
     assert all(state["hess_step"] == 10 for state in namespace["optimizer"].state.values())
+
+
+def test_figures_of_the_uses_are_those_of_their_page() -> None:
+    readme, page = README.read_text(), (README.parent / "docs/uses.md").read_text()
+    assert "at 36 of 63 points" in readme
+    assert "weights, fine-tuned: HesScale is higher than magnitude at 36 of 63 points, lower at 0." in page
+    assert "2.6 times a gradient" in readme
+    assert "HesScaleGN 2.6 and 2.6;" in page

@@ -16,7 +16,7 @@ from hesscale_lightning.curvature.engine import Method
 from hesscale_lightning.metrics import layer_shares, max_abs, mean_abs, negative_fraction, trace
 from hesscale_lightning.trainer.reevaluation import muted
 from hesscale_lightning.trainer.step_log import layer_names
-from hesscale_lightning.uses.batch_losses import size_of
+from hesscale_lightning.uses.batch_losses import TrainingStep, size_of
 from hesscale_lightning.uses.data_diagonal import hess_diag_over
 from hesscale_lightning.uses.quantization import check_bits, quantization_cost
 from hesscale_lightning.uses.untouched import untouched
@@ -163,7 +163,7 @@ def report(
         taken = list(islice(loader, batches))
         if not taken:
             raise ValueError("Found no training batch, expected at least one to compute curvature from.")
-        found = coverage(_loss(model, taken[0], 0), [p for _, p in parameters])
+        found = coverage(TrainingStep(model, taken).loss(taken[0], 0), [p for _, p in parameters])
     diagonals = _over(model, taken, method, progress_bar)
     names = layer_names(model)
     layers: dict[str, list[Tensor]] = {}
@@ -201,14 +201,6 @@ def _size(batch: Any) -> int:
         return size_of(batch)
     except ValueError:  # a layout that we do not know: all batches alike
         return 1
-
-
-def _loss(model: pl.LightningModule, batch: Any, index: int) -> Tensor:
-    output = model.training_step(batch, index)
-    loss = output.get("loss") if isinstance(output, dict) else output
-    if not isinstance(loss, Tensor):
-        raise ValueError(f"Found {type(loss).__name__} from training_step, expected the loss as a tensor.")
-    return loss
 
 
 def _row(name: str, diagonals: list[Tensor], share: float) -> tuple[str, ...]:

@@ -94,7 +94,7 @@ class Held:
             if id(part) not in self._arrived and waiting is None:
                 continue
             h, fresh = self._arrived.pop(id(part), (None, False))
-            total = _summed(part, h, waiting)
+            total = _summed(part, h, waiting, group.device)
             if _reduces(group):
                 if whole is not None:
                     whole.hess_diag = None
@@ -129,14 +129,14 @@ def _reduces(group: Any) -> bool:
     )
 
 
-def _summed(part: Any, h: Any, waiting: Tensor | None) -> Tensor:
+def _summed(part: Any, h: Any, waiting: Tensor | None, device: torch.device) -> Tensor:
     """This process's diagonal of a whole parameter, with what waits from earlier passes, in the shard's dtype."""
     shard, leaf = part.sharded_param, _whole(part)
     dtype = torch.float32 if shard.dtype in HALF else shard.dtype
     if is_distributed(leaf) and h is not None:  # inside tensor parallelism: the part that this process trains
         h = h.redistribute(placements=leaf.placements).to_local()
     if h is None:
-        return torch.zeros(part._orig_size, dtype=dtype, device=shard.device) if waiting is None else waiting
+        return torch.zeros(part._orig_size, dtype=dtype, device=device) if waiting is None else waiting
     arrived: Tensor = h.to(dtype)
     return arrived if waiting is None else waiting + arrived
 
@@ -207,7 +207,7 @@ def missing_members(members: Sequence[Member], reached: Mapping[int, Any]) -> se
     for ours in meshes.values():
         info = ours[0][1].mesh_info
         here = [id(_whole(part)) in reached for part, _ in ours]
-        counts = torch.tensor(here, dtype=torch.int32, device=ours[0][0].sharded_param.device)
+        counts = torch.tensor(here, dtype=torch.int32, device=ours[0][1].device)
         processes = 1
         for name in ("shard", "replicate"):
             if hasattr(info, f"{name}_process_group"):

@@ -16,6 +16,7 @@ from hesscale_lightning._torch_names import SUPPORTED
 #: What is read of FSDP2's group of parameters, and of its record of a parameter.
 _OF_GROUP = (
     "all_reduce_grads",
+    "device",
     "fsdp_params",
     "mesh_info",
     "reduce_grads",

@@ -59,7 +59,8 @@ def hess_diag_over(
         method: As for :func:`hesscale_lightning.attach`; ``"hesscale_gn"`` is nowhere negative for the losses of
             PyTorch. ``"exact"`` is the dense reference, for small networks.
         reduction: ``"mean"`` over the samples, or ``"sum"``.
-        loss_reduction: What the loss itself does over the samples of a batch.
+        loss_reduction: What the loss itself does over the samples of a batch. A mean over anything else, such as
+            weights of classes or tokens that are not ignored, is none over samples: let the loss sum and say ``"sum"``.
         step: Called as ``step(model, batch)``, returns the loss; in place of ``loss_fn``.
         batches: How many batches to take at most, in this call. None takes all.
         batch_size: Called on a batch, returns its number of samples. None takes the first dimension of its tensors.

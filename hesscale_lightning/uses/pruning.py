@@ -7,12 +7,15 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from hesscale_lightning.curvature.engine import METHODS, Method
 from hesscale_lightning.uses.data_diagonal import hess_diag_over
 
+# By name: importing the strategies is slow.
+_SPLITTING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 Places = Sequence[tuple[nn.Module, str]]
 
 
@@ -51,7 +54,7 @@ class HesScalePruning(ModelPruning):
 
     Raises:
         ValueError: If an argument is out of range.
-        MisconfigurationException: If ModelPruning refuses an argument.
+        MisconfigurationException: If ModelPruning refuses an argument, or a strategy splits parameters.
 
     Example:
         >>> import lightning.pytorch as pl
@@ -114,7 +117,13 @@ class HesScalePruning(ModelPruning):
         self._masks: dict[str, Tensor] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Finds the parameters to prune, as ModelPruning does."""
+        """Finds the parameters to prune, as ModelPruning does; raises for a strategy that splits them."""
+        found = {cls.__name__ for cls in type(trainer.strategy).__mro__}.intersection(_SPLITTING)
+        if found:
+            raise MisconfigurationException(
+                f"HesScalePruning found the strategy {type(trainer.strategy).__name__}, which splits parameters "
+                "between processes; masks need whole parameters. Use strategy='ddp' or a single device."
+            )
         super().setup(trainer, pl_module, stage)
         self.places = self._parameters_to_prune
         self._fitted = (trainer, pl_module)

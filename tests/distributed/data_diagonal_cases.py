@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from hesscale_lightning import HessDiagState, hess_diag_over
+from hesscale_lightning import HesScalePruning, HessDiagState, hess_diag_over
 from tests.distributed.launching import DEVICE, begin, run_cases
+from tests.lightning_models import Classifier, make_batches, make_loader, make_net, make_trainer
 
 PARTS = [[slice(0, 5), slice(5, 9), slice(9, 10)], [slice(10, 17)]]  # batches of unequal number and size
 
@@ -49,12 +50,32 @@ def over_parts(how, reduction, dtype):
     return error
 
 
+def pruned_together():
+    """Two processes of a Trainer prune what one would by the diagonal of all samples."""
+    batches = make_batches(6, size=8, dtype=torch.float64)
+    module = Classifier(make_net(dtype=torch.float64), partial(torch.optim.SGD, lr=0.0))
+    options = {"progress_bar": False, "distributed": False}
+    costs = hess_diag_over(module.to(DEVICE), None, batches, **options)
+    costs = torch.cat([(costs[n].clamp(min=0) * p**2).flatten() for n, p in module.named_parameters()])
+    pruning = HesScalePruning(30, make_pruning_permanent=False)
+    trainer = make_trainer(pruning, accelerator=DEVICE, devices=2, strategy="ddp", max_epochs=1)
+    trainer.fit(module, make_loader(batches))
+    masks = [(name, mask) for name, mask in module.named_buffers() if name.endswith("_mask")]
+    names = [name.removesuffix("_orig") for name, _ in module.named_parameters()]
+    order = sorted(masks, key=lambda pair: names.index(pair[0].removesuffix("_mask")))
+    found = torch.cat([mask.flatten() for _, mask in order])
+    expected = torch.ones_like(costs)
+    expected[costs.argsort()[:30]] = 0
+    return (found.to(expected) - expected).abs().sum().item()
+
+
 CASES = {
     f"the diagonal over a data set, {how}, {reduction}, {dtype}": partial(over_parts, how, reduction, dtype)
     for how, reduction, dtype in product(
         ("whole", "wrapped", "resumed"), ("mean", "sum"), (torch.float64, torch.float32)
     )
 }
+CASES["HesScalePruning under DDP"] = pruned_together
 
 if __name__ == "__main__":
     begin()

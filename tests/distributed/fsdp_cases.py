@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
@@ -409,6 +409,7 @@ CASES = {
     "hybrid, accumulation without all-reduce": lambda: diagonals(mlp, accumulate="without all-reduce", mesh=hybrid()),
     "last pass without a layer": lambda: diagonals(Branching, False, accumulate="without sync"),
     "sharded by columns": lambda: diagonals(mlp, shard_placement_fn=by_columns),
+    "offloaded": lambda: diagonals(mlp, offload_policy=CPUOffloadPolicy(pin_memory=False)),
     "replicated": replicated,
     "uneven": uneven,
     "bytes": bytes_reduced,

@@ -6,12 +6,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from hesscale_lightning import HesScaleCallback, HesScalePruning, SparsitySchedule, exact_hess_diag
+from hesscale_lightning.command_line.cli import main
 from hesscale_lightning.uses.pruning import LowestImportance
 from tests.lightning_models import Classifier, make_batches, make_loader, make_net
 
@@ -293,6 +295,37 @@ def test_the_lowest_importance_has_a_sign():
     assert layer.weight_mask.tolist() == [[1, 0, 1]]
 
 
+CONFIG = """
+trainer:
+  callbacks:
+    - class_path: hesscale_lightning.HesScalePruning
+      init_args:
+        amount:
+          class_path: hesscale_lightning.SparsitySchedule
+          init_args: {final_sparsity: 0.5, begin_epoch: 0, end_epoch: 0}
+        batches: 2
+"""
+
+
+def test_a_config_file_of_the_command_line_names_it(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    model = [
+        "--model=hesscale_lightning.HesScaleModule",
+        "--model.init_args.net.class_path=hesscale_lightning.networks.MLP",
+        "--model.init_args.net.init_args.sizes=[64,8,10]",
+        "--model.init_args.optimizer=torch.optim.Adam",
+        "--data=hesscale_lightning.DigitsDataModule",
+    ]
+    quiet = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.max_epochs=1"]
+    main(["fit", "--config=config.yaml", *model, *quiet, "--trainer.default_root_dir=."])
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    weights = torch.load(checkpoint, weights_only=True)["state_dict"]
+    parameters = torch.cat([value.flatten() for value in weights.values()])
+    assert (parameters == 0).sum() == len(parameters) // 2
+
+
 BAD = {
     "method": (lambda: HesScalePruning(method="exact"), "Found method='exact', expected one of hesscale,"),
     "a fraction": (lambda: HesScalePruning(1.5), "Found amount=1.5, expected a fraction from 0 to 1"),
@@ -322,3 +355,14 @@ def test_a_frozen_parameter_is_refused():
     module.net.bias.requires_grad_(False)
     with pytest.raises(ValueError, match=r"Found net.bias, which does not require grad.*leave it out"):
         fit(module, HesScalePruning(1))
+
+
+def test_a_strategy_that_splits_parameters_is_refused():
+    class FSDPStrategy:
+        pass
+
+    class Trainer:
+        strategy = FSDPStrategy()
+
+    with pytest.raises(MisconfigurationException, match="found the strategy FSDPStrategy, which splits"):
+        HesScalePruning(1).setup(Trainer(), Quadratic(), "fit")
