@@ -13,7 +13,7 @@ import torch
 
 from hesscale_lightning._version import __version__
 
-#: The oldest and the newest release on which the whole test suite has passed.
+#: The oldest and the newest release that `make matrix` runs the test suite on.
 SUPPORTED = ("2.13", "2.14")
 
 #: Looked up when the package is imported.
@@ -108,7 +108,7 @@ def require(names: Iterable[str]) -> None:
         fitting = f"torch>={oldest},<{major}.{int(minor) + 1}"
         raise ImportError(
             f"hesscale_lightning {__version__} needs {', '.join(lacking)}, which the installed torch "
-            f"{torch.__version__} does not have. Its test suite passes on torch {oldest} to {newest}: install one of "
+            f"{torch.__version__} does not have. It is tested on torch {oldest} to {newest}: install one of "
             f"these (pip install '{fitting}'), or a hesscale_lightning made for your torch"
         )
 
