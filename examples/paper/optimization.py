@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -100,9 +100,9 @@ class Data:
         return order[: steps * size].view(steps, size)
 
 
-def load(name: str) -> Data:
+def load(name: str, tasks: Mapping[str, Any] = TASKS) -> Data:
     """Load a task's data; the split, and the scales of inputs, are the same for all seeds."""
-    source, shape, _ = TASKS[name.removesuffix(SUFFIX)]
+    source, shape, _ = tasks[name.removesuffix(SUFFIX)]
     kind: Any = DigitsDataModule if source == "digits" else MNIST1DDataModule
     module = kind(shape=shape)
     module.setup()

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from common import evaluate, interval, machine, train, verdict
 from journal import Journal, arguments, environment, rounded, save, settle, table, write_block
-from optimization import TASKS, Data, load
+from optimization import TASKS as NETWORKS
+from optimization import Data, load
 from pictures import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, SKY, prepare
 from pictures import save as save_picture
 from torch import Tensor, nn
@@ -39,8 +40,11 @@ FINE_STEPS, FINE_LR = 200, 1e-3
 SPARSITIES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
 UNITS = (0.25, 0.5, 0.625, 0.75, 0.875)  # of each hidden layer
 
-TASKS["digits, small"] = ("digits", "flat", partial(MLP, [64, 20, 10], nn.Tanh))
-TASKS["mnist1d, small"] = ("mnist1d", "flat", partial(MLP, [40, 24, 10], nn.Tanh))
+TASKS = {
+    **NETWORKS,
+    "digits, small": ("digits", "flat", partial(MLP, [64, 20, 10], nn.Tanh)),
+    "mnist1d, small": ("mnist1d", "flat", partial(MLP, [40, 24, 10], nn.Tanh)),
+}
 EXACT = ("digits, small", "mnist1d, small")  # small enough for the exact diagonal
 CHOSEN = (*EXACT, "digits, tanh MLP", "digits, CNN", "mnist1d, tanh MLP", "mnist1d, ReLU MLP", "mnist1d, CNN")
 DRAWN = ("digits, small", "digits, tanh MLP", "mnist1d, tanh MLP", "mnist1d, CNN")
@@ -184,7 +188,7 @@ def run(tasks: tuple[str, ...], seeds: int, folder: Path) -> dict[str, Any]:
         start = time.thread_time()
         if (task, seed) not in networks:
             torch.manual_seed(seed)
-            data, model = load(task), TASKS[task][2]()
+            data, model = load(task, TASKS), TASKS[task][2]()
             train(model, data, STEPS, LR, seed)
             networks = {(task, seed): (data, model)}
         data, model = networks[task, seed]

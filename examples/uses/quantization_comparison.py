@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from common import evaluate, interval, machine, train, verdict
 from journal import Journal, arguments, environment, rounded, save, settle, table, write_block
-from optimization import TASKS, Data, load
+from optimization import Data, load
 from pictures import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, SKY, prepare
 from pictures import save as save_picture
 from torch import Tensor, nn
@@ -51,14 +51,16 @@ class DeepConvNet(nn.Sequential):
         super().__init__(*layers, nn.Flatten(), nn.Linear(24 * 5, 10))
 
 
-TASKS["digits, MLP of 8 layers"] = ("digits", "flat", partial(MLP, [64, 48, 48, 48, 48, 48, 48, 48, 10], nn.Tanh))
-TASKS["mnist1d, CNN of 7 layers"] = ("mnist1d", "channel", DeepConvNet)
-TASKS["digits, transformer of 10 layers"] = (
-    "digits",
-    "image",
-    partial(VisionTransformer, 8, 2, 1, width=24, depth=2, heads=2, out_features=10),
-)
-CHOSEN = ("digits, MLP of 8 layers", "mnist1d, CNN of 7 layers", "digits, transformer of 10 layers")
+TASKS: dict[str, Any] = {
+    "digits, MLP of 8 layers": ("digits", "flat", partial(MLP, [64, 48, 48, 48, 48, 48, 48, 48, 10], nn.Tanh)),
+    "mnist1d, CNN of 7 layers": ("mnist1d", "channel", DeepConvNet),
+    "digits, transformer of 10 layers": (
+        "digits",
+        "image",
+        partial(VisionTransformer, 8, 2, 1, width=24, depth=2, heads=2, out_features=10),
+    ),
+}
+CHOSEN = tuple(TASKS)
 DIAGONALS = {"HesScale": "hesscale", "HesScaleGN": "hesscale_gn", "rank one": "hesscale_rank1"}
 PLAIN, GRADIENT, HUTCHINSON = "squared error", "rank one with gradient", "Hutchinson"
 PROBES = 32
@@ -159,7 +161,7 @@ def run(tasks: tuple[str, ...], seeds: int, folder: Path) -> dict[str, Any]:
             continue
         start = time.thread_time()
         torch.manual_seed(seed)
-        data, model = load(task), TASKS[task][2]()
+        data, model = load(task, TASKS), TASKS[task][2]()
         train(model, data, STEPS, LR, seed)
         found = measure(model, data, seed)
         journal.note([task, seed], {**found, "seconds": time.thread_time() - start})
