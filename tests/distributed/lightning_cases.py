@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy
 
-from hesscale_lightning import AdaHesScale, HesScaleCallback, HesScaleModule, attach
+from hesscale_lightning import AdaHesScale, HesScaleCallback, HesScaleModule, SkipNonfiniteSteps, attach
 from hesscale_lightning.metrics import (
     STATISTICS,
     effective_learning_rate,
@@ -92,7 +92,15 @@ class Manual(Sharded):
             optimizer.zero_grad()
 
 
-def fit(module: Any, callback: Any, *others: Any, distributed: bool = True, path: Any = None, **options: Any) -> Any:
+def fit(
+    module: Any,
+    callback: Any,
+    *others: Any,
+    distributed: bool = True,
+    path: Any = None,
+    batches: Any = BATCHES,
+    **options: Any,
+) -> Any:
     recorder = Recorder()
     world, along = dist.get_world_size(), ALONG.get(getattr(module, "shard", None), "data_parallel")
     sizes = {"data_parallel": (world, 1), "tensor_parallel": (1, world), None: (2, world // 2)}[along]
@@ -106,7 +114,7 @@ def fit(module: Any, callback: Any, *others: Any, distributed: bool = True, path
         use_distributed_sampler=False,
         **options,
     )
-    trainer.fit(module, ResumableLoader(BATCHES), ckpt_path=path)
+    trainer.fit(module, ResumableLoader(batches), ckpt_path=path)
     return recorder, trainer
 
 
@@ -311,6 +319,18 @@ def skipped() -> float:
     return max(worst + [relative(p, r) for p, r in zip(module.net.parameters(), ref.parameters(), strict=True)])
 
 
+def nonfinite(optimizer: Any, shard: Any = shard_all) -> float:
+    """A batch of which one process alone sees what is not a number is skipped by all."""
+    x, y = BATCHES[0]
+    bad = x.clone()
+    bad[dist.get_world_size() - 1, 0] = float("nan")  # the last process's first sample
+    guard, module = SkipNonfiniteSteps(), Sharded(optimizer, shard)
+    fit(module, HesScaleCallback(), guard, batches=[*BATCHES[:2], (bad, y), *BATCHES[2:]])
+    assert guard.skipped == 1
+    weights, _, _ = plain(optimizer)
+    return max(relative(p, r) for p, r in zip(module.net.parameters(), weights, strict=True))
+
+
 def no_plan() -> float:
     module = HesScaleModule(make_net())
     module.shard = by_columns_and_rows
@@ -328,6 +348,9 @@ CASES = {
     "SGD with delta, clipped": lambda: logged(sgd, scaled(sgd), clip=0.1, delta=1e-3),
     "measured decrease": lambda: logged(adahesscale(), measure_decrease=True),
     "histogram": histogram,
+    "steps that are not finite, AdaHesScale": lambda: nonfinite(adahesscale()),
+    "steps that are not finite, Adam": lambda: nonfinite(adam),
+    "steps that are not finite, tensor parallel": lambda: nonfinite(adahesscale(), by_columns_and_rows),
     "tensor parallel": lambda: logged(adahesscale(), shard=by_columns_and_rows),
     "tensor parallel, SGD with delta": lambda: logged(sgd, scaled(sgd), shard=by_columns_and_rows, delta=1e-3),
     "accumulated in manual optimization": lambda: manual(adahesscale()),
