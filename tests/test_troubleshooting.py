@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hesscale_lightning import (
     AdaHesScale,
+    CalibratedRadius,
     CurvatureTrace,
     HesScaleCallback,
     SkipNonfiniteSteps,
@@ -231,6 +232,13 @@ def no_diagonal() -> None:
 def state_of_adam() -> None:
     model = network()
     AdaHesScale(model.parameters()).load_state_dict(torch.optim.Adam(model.parameters()).state_dict())
+
+
+@provokes("and this optimizer takes it in")
+def radius_in_other_units() -> None:
+    model = network()
+    saved = AdaHesScale(model.parameters(), radius=CalibratedRadius(lambda: 1.0, name="nats")).state_dict()
+    AdaHesScale(model.parameters()).load_state_dict(saved)
 
 
 @provokes("AdaHesScale has a trust region of its own")
