@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -37,9 +38,16 @@ class Reevaluation:
             stack.enter_context(muted(pl_module))
             stack.enter_context(torch.no_grad())
             stack.enter_context(trainer.precision_plugin.train_step_context())
-            output = pl_module.training_step(batch, batch_idx)
+            output = asked_for_step(pl_module, batch, batch_idx)
         loss = output.get("loss") if isinstance(output, dict) else output
         return loss.detach().float() if isinstance(loss, Tensor) else None
+
+
+def asked_for_step(pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> Any:
+    """What ``training_step`` returns; as in Lightning's loop, it need not take the batch's index."""
+    step = pl_module.training_step
+    taken = is_param_in_hook_signature(step, "batch_idx", min_args=2)
+    return step(batch, batch_idx) if taken else step(batch)
 
 
 @contextmanager

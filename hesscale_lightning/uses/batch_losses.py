@@ -89,10 +89,12 @@ class TrainingStep:
 
     def loss(self, batch: Any, index: int) -> Tensor:
         """The loss that ``training_step`` returns for a batch, after the hooks that move and transform batches."""
+        from hesscale_lightning.trainer.reevaluation import asked_for_step
+
         batch = self._transferred(batch)
         plugin = getattr(self._trainer, "precision_plugin", None)
         with nullcontext() if plugin is None else plugin.train_step_context():
-            output = self.model.training_step(batch, index)
+            output = asked_for_step(self.model, batch, index)
         loss = output.get("loss") if isinstance(output, dict) else output
         if not isinstance(loss, Tensor):
             raise ValueError(f"Found {type(loss).__name__} from training_step, expected the loss as a tensor.")

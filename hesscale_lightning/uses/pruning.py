@@ -1,6 +1,7 @@
 r"""Optimal Brain Damage as a callback: prunes what the loss misses least, by :math:`\frac12 h w^2`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -150,7 +151,8 @@ class HesScalePruning(ModelPruning):
         self._masks = dict(state_dict["masks"])
         for name, place in self._named_places().items():
             if name in self._masks and not hasattr(place[0], f"{place[1]}_mask"):
-                prune.custom_from_mask(*place, self._masks[name].to(original(*place).device))
+                with _order_kept(*place):
+                    prune.custom_from_mask(*place, self._masks[name].to(original(*place).device))
 
     def _named_places(self) -> dict[str, tuple[nn.Module, str]]:
         if self._fitted is None:
@@ -168,7 +170,8 @@ class HesScalePruning(ModelPruning):
         """Before weights with masks beside them are loaded: makes room for the masks."""
         for name, place in self._named_places().items():
             if f"{prefix}{name}_mask" in state_dict and not hasattr(place[0], f"{place[1]}_mask"):
-                prune.identity(*place)
+                with _order_kept(*place):
+                    prune.identity(*place)
 
     def importance(self, places: Places) -> dict[tuple[nn.Module, str], Tensor]:
         """The cost of removing each entry of some parameters; override it to rank by something else."""
@@ -263,6 +266,16 @@ class LowestImportance(prune.BasePruningMethod):
         mask = default_mask.clone(memory_format=torch.contiguous_format)
         mask.view(-1)[lowest(t.reshape(-1), self.amount)] = 0
         return mask
+
+
+@contextmanager
+def _order_kept(owner: nn.Module, name: str) -> Iterator[None]:
+    """Leaves a parameter that gets a mask at its place, by which the optimizer, made later, finds its saved state."""
+    before = list(owner._parameters)
+    yield
+    for other in before:
+        key = f"{name}_orig" if other == name else other
+        owner._parameters[key] = owner._parameters.pop(key)
 
 
 def _has_bias(owner: nn.Module) -> bool:

@@ -312,6 +312,20 @@ def test_a_lightning_module_brings_its_loss_and_its_data():
     assert module.metric.update_count == 1
 
 
+def test_a_training_step_need_not_take_the_index_of_the_batch():
+    """Lightning's loop calls one that takes the batch alone, too."""
+
+    class WithoutIndex(Classifier):
+        def training_step(self, batch):
+            return cross_entropy(self.net(batch[0]), batch[1])
+
+    net = network()
+    assert_same(
+        hess_diag_over(WithoutIndex(net), None, batches(), progress_bar=False),
+        {f"net.{name}": h for name, h in over(net).items()},
+    )
+
+
 def test_hooks_that_transform_batches_are_called():
     net = network()
     scaled = [(2 * x, y) for x, y in batches()]

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from hesscale_lightning import HesScaleCallback, HesScalePruning, SparsitySchedule, exact_hess_diag
 from hesscale_lightning.command_line.cli import main
 from hesscale_lightning.uses.pruning import LowestImportance
-from tests.lightning_models import Classifier, make_batches, make_loader, make_net
+from tests.lightning_models import CLASSES, FEATURES, Classifier, make_batches, make_loader, make_net
 
 
 class Quadratic(pl.LightningModule):
@@ -215,6 +215,33 @@ def test_a_resumed_run_has_its_masks_and_ends_as_an_uninterrupted_one(permanent,
         for layer in (0, 3):
             torch.testing.assert_close(getattr(second.net[layer], name), getattr(whole.net[layer], name))
     assert hasattr(second.net[0], "weight_mask") == (not permanent)
+
+
+@pytest.mark.parametrize("permanent", [True, False])
+@pytest.mark.parametrize("names", [["weight"], ["bias"]])
+def test_a_resumed_run_gives_each_parameter_its_own_optimizer_state(names, permanent, tmp_path):
+    """LayerNorm's weight and bias have one shape: exchanged states would not be noticed."""
+
+    def made(epochs):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(FEATURES, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, CLASSES))
+        pruning = HesScalePruning(
+            0.5, parameter_names=names, make_pruning_permanent=permanent, apply_pruning=lambda epoch: epoch == 0
+        )
+        options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        return Classifier(net, adam), pl.Trainer(max_epochs=epochs, callbacks=[pruning], **options)
+
+    loader = make_loader(make_batches(3))
+    whole, trainer = made(4)
+    trainer.fit(whole, loader)
+    first, trainer = made(2)
+    trainer.fit(first, loader)
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    second, trainer = made(4)
+    trainer.fit(second, loader, ckpt_path=tmp_path / "first.ckpt")
+    for layer in (0, 1, 3):
+        for name in ("weight", "bias"):
+            torch.testing.assert_close(getattr(second.net[layer], name), getattr(whole.net[layer], name))
 
 
 def test_the_rest_goes_on_training_and_what_is_pruned_stays_zero():
