@@ -11,7 +11,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from stable_baselines3 import A2C
 from torch import Tensor, nn
 
-from hesscale_lightning import AdaHesScale, HesScaleCallback, SkipNonfinite, SkipNonfiniteSteps, StepSizeScaling, attach
+from hesscale_lightning import (
+    AdaHesScale,
+    CalibratedRadius,
+    HesScaleCallback,
+    SkipNonfinite,
+    SkipNonfiniteSteps,
+    StepSizeScaling,
+    attach,
+)
 from hesscale_lightning.optim.nonfinite import is_finite
 from sb3_integration import HesScaleActorCriticPolicy, HesScaleLoggingCallback
 from tests.lightning_models import Classifier, ListLogger, fit, make_batches, make_loader, make_net, make_trainer
@@ -175,3 +183,18 @@ def test_stable_baselines_skips_and_logs():
     assert guard.skipped == 5
     assert all(torch.equal(value, before[key]) for key, value in model.policy.action_net.state_dict().items())
     assert model.logger.name_to_value["hesscale/skipped_steps"] == 4  # of the last rollout's beginning
+
+
+def test_a_skipped_step_teaches_a_measured_radius_nothing():
+    net, asked = make_net(), []
+    radius = CalibratedRadius(lambda: asked.append(1) or 1e-4, unit=lambda: 2.0, noise_decay=0.9)
+    optimizer = AdaHesScale(net.parameters(), delta=1e-3, radius=radius)
+    SkipNonfinite(optimizer)
+    batches = make_batches(4)
+    train(net, optimizer, batches[:3])
+    before, measures = copy.deepcopy(optimizer.state_dict()["param_groups"]), len(asked)
+    train(net, optimizer, spoiled(batches[3:], 0))
+    assert optimizer.state_dict()["param_groups"] == before
+    assert len(asked) == measures
+    train(net, optimizer, batches[3:])
+    assert len(asked) == measures + 1

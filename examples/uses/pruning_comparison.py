@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from hesscale_lightning import hess_diag_over
 from hesscale_lightning.command_line.networks import MLP
-from hesscale_lightning.uses.pruning import LowestImportance, lowest, mask_of, original
+from hesscale_lightning.uses.masks import LowestImportance, lowest, mask_of, original
 
 RESULTS = "examples/uses/results/pruning_comparison.json"
 SEEDS, STEPS, LR = 5, 1500, 3e-3

@@ -372,6 +372,9 @@ class AdaHesScale(Optimizer):
     def _update_group(self, index: int, grad_scale: GroupScale, found: _Gathered) -> StepRecord:
         group = self.param_groups[index]
         beta1, beta2 = group["betas"]
+        if not found:  # nothing is learned from a step in which nothing moves
+            rule = UpdateRule(beta1, beta2, group["eps"], group["denominator"], group["max_update"], False)
+            return StepRecord([], rule, 0.0, 1.0, 0.0, grad_scale.clipping, False, group["maximize"])
         delta, measured = self._regions.limit(index, group), self._regions.radii[index] is not None
         clipping = grad_scale.clipping if group["compensate_clipping"] else 1.0
         weights = clipping_weights(group, clipping, refreshing=any(h is not None for _, _, h in found))
@@ -417,8 +420,10 @@ class AdaHesScale(Optimizer):
         latest = self._latest
         rates = [host_rate(self._rate(index)) for index in range(len(latest))]
 
-        def made(index: int) -> Made:
+        def made(index: int) -> Made | None:
             record = latest[index]
+            if not record.batches:
+                return None
             return Made(record.along * record.size * record.size / 2, record.scale, record.signal)
 
         for index, factor in self._regions.observe(self.param_groups, made, rates).items():

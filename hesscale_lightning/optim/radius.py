@@ -313,13 +313,13 @@ class Regions:
         return True
 
     def observe(
-        self, groups: Sequence[dict[str, Any]], made: Callable[[int], Made], rates: Sequence[float]
+        self, groups: Sequence[dict[str, Any]], made: Callable[[int], Made | None], rates: Sequence[float]
     ) -> dict[int, float]:
         """Measures the step that was just made, where it is time.
 
         Args:
             groups: The param groups.
-            made: From a group's index to what its step was.
+            made: From a group's index to what its step was; None where nothing moved.
             rates: The learning rate of each group.
 
         Returns:
@@ -327,12 +327,13 @@ class Regions:
         """
         factors: dict[int, float] = {}
         for index, (group, radius) in enumerate(zip(groups, self.radii, strict=True)):
-            if radius is None:
+            step = None if radius is None else made(index)
+            if radius is None or step is None:
                 continue
             known = Calibration.of(group)
             known = known._replace(steps=known.steps + 1)
             if radius.is_due(known.steps):
-                step, found = made(index), radius.measure()
+                found = radius.measure()
                 model, measured = float(step.predicted), math.nan if found is None else _number("measure", found)
                 if _is_useful(measured) and _is_useful(model):
                     ratio = math.log(measured / model)
@@ -345,7 +346,7 @@ class Regions:
                         factors[index] = math.sqrt(allowed / measured)
                         logs = max(logs, weight * ratio)
                     known = known._replace(logs=logs, weight=weight)
-                elif measured == 0 and known.weight == 0:
+                elif measured == 0 and known.weight == 0 and _is_useful(model):
                     known = known._replace(unseen=known.unseen + 1)
                 elif measured == math.inf:
                     factors[index] = TRIAL

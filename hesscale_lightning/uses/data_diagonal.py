@@ -16,7 +16,7 @@ from hesscale_lightning.curvature.engine import METHODS, Method
 from hesscale_lightning.trainer.eager import has_compiled_code
 from hesscale_lightning.uses.batch_losses import batch_losses, size_of
 from hesscale_lightning.uses.hess_diag_state import HessDiagState
-from hesscale_lightning.uses.untouched import clear, untouched
+from hesscale_lightning.uses.untouched import clear, global_random_states, set_global_random_states, untouched
 
 Reduction = Literal["mean", "sum"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
@@ -111,6 +111,11 @@ def hess_diag_over(
                 f"Found parameters spread over processes ({', '.join(sharded[:3])}), expected whole ones: call this "
                 "before fully_shard, or attach in a loop of your own, which works with it."
             )
+        if state.batches and getattr(source.loader, "persistent_workers", False):
+            raise ValueError(
+                "Found persistent_workers=True, with which a DataLoader shuffles otherwise when it is iterated again, "
+                "expected False to go on from a state."
+            )
         state._begin(parameters, dtype, settings)
         with _order_of(source.loader, state):
             taken = islice(source.loader, state.batches, None if batches is None else state.batches + batches)
@@ -140,7 +145,7 @@ def _diagonals(loss: Tensor, parameters: list[Tensor], method: Method | Literal[
     if method == "exact":
         return list(exact_hess_diag(loss, parameters))
     clear(parameters)
-    backward(loss, parameters, method=method)
+    backward(loss, parameters, method=method, inputs=parameters)  # what else requires grad is left alone
     diagonals = [getattr(p, "hess_diag", None) for p in parameters]
     clear(parameters)
     return diagonals
@@ -197,11 +202,13 @@ class _order_of:
 
     def __enter__(self) -> None:
         self._before = [g.get_state() for g in self._generators]
-        order = [torch.get_rng_state(), *self._before]
+        order = [torch.get_rng_state(), *global_random_states(), *self._before]
         if self._state._order and len(self._state._order) == len(order):
-            torch.set_rng_state(self._state._order[0].cpu())
-            for generator, numbers in zip(self._generators, self._state._order[1:], strict=True):
-                generator.set_state(numbers)
+            numbers = [state.cpu() for state in self._state._order]
+            torch.set_rng_state(numbers[0])
+            set_global_random_states(numbers[1], numbers[2])
+            for generator, state in zip(self._generators, numbers[3:], strict=True):
+                generator.set_state(state)
         else:
             self._state._order = order
 

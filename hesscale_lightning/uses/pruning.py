@@ -1,7 +1,6 @@
 r"""Optimal Brain Damage as a callback: prunes what the loss misses least, by :math:`\frac12 h w^2`."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,6 +13,7 @@ from torch.nn.utils import prune
 
 from hesscale_lightning.curvature.engine import METHODS, Method
 from hesscale_lightning.uses.data_diagonal import hess_diag_over
+from hesscale_lightning.uses.masks import LowestImportance, lowest, mask_of, order_kept, original
 
 # By name: importing the strategies is slow.
 _SPLITTING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
@@ -151,7 +151,7 @@ class HesScalePruning(ModelPruning):
         self._masks = dict(state_dict["masks"])
         for name, place in self._named_places().items():
             if name in self._masks and not hasattr(place[0], f"{place[1]}_mask"):
-                with _order_kept(*place):
+                with order_kept(*place):
                     prune.custom_from_mask(*place, self._masks[name].to(original(*place).device))
 
     def _named_places(self) -> dict[str, tuple[nn.Module, str]]:
@@ -170,7 +170,7 @@ class HesScalePruning(ModelPruning):
         """Before weights with masks beside them are loaded: makes room for the masks."""
         for name, place in self._named_places().items():
             if f"{prefix}{name}_mask" in state_dict and not hasattr(place[0], f"{place[1]}_mask"):
-                with _order_kept(*place):
+                with order_kept(*place):
                     prune.identity(*place)
 
     def importance(self, places: Places) -> dict[tuple[nn.Module, str], Tensor]:
@@ -249,35 +249,6 @@ class HesScalePruning(ModelPruning):
                 rank_zero_info(f"  {kind}.{name}: {zeros} of {mask.numel()} ({zeros / mask.numel():.2%})")
 
 
-class LowestImportance(prune.BasePruningMethod):
-    """Prunes the entries of lowest importance, which has a sign, unlike a magnitude.
-
-    Args:
-        amount: A fraction of the entries, or their number.
-    """
-
-    PRUNING_TYPE = "unstructured"
-
-    def __init__(self, amount: int | float) -> None:
-        self.amount = amount
-
-    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
-        """The mask without the entries of lowest importance ``t``."""
-        mask = default_mask.clone(memory_format=torch.contiguous_format)
-        mask.view(-1)[lowest(t.reshape(-1), self.amount)] = 0
-        return mask
-
-
-@contextmanager
-def _order_kept(owner: nn.Module, name: str) -> Iterator[None]:
-    """Leaves a parameter that gets a mask at its place, by which the optimizer, made later, finds its saved state."""
-    before = list(owner._parameters)
-    yield
-    for other in before:
-        key = f"{name}_orig" if other == name else other
-        owner._parameters[key] = owner._parameters.pop(key)
-
-
 def _has_bias(owner: nn.Module) -> bool:
     return getattr(owner, "bias_orig", getattr(owner, "bias", None)) is not None
 
@@ -288,23 +259,3 @@ def _batches(trainer: pl.Trainer) -> Any:
     if isinstance(loaders, list | tuple | dict):
         return (batch for batch, _, _ in CombinedLoader(loaders, "max_size_cycle"))
     return loaders
-
-
-def lowest(importance: Tensor, amount: int | float) -> Tensor:
-    """Where the entries of lowest importance are: an amount of them, in one dimension."""
-    count = amount if isinstance(amount, int) else round(amount * importance.numel())
-    if count > importance.numel():
-        raise ValueError(f"Found amount={amount}, expected at most the {importance.numel()} entries that are left.")
-    return torch.topk(importance, count, largest=False).indices
-
-
-def original(owner: nn.Module, name: str) -> Tensor:
-    """A parameter, also where a mask stands before it."""
-    found: Any = getattr(owner, f"{name}_orig", None)
-    return getattr(owner, name) if found is None else found  # type: ignore[no-any-return]
-
-
-def mask_of(owner: nn.Module, name: str) -> Tensor:
-    """The mask of a parameter; ones if it has none."""
-    found: Any = getattr(owner, f"{name}_mask", None)
-    return torch.ones_like(original(owner, name)) if found is None else found

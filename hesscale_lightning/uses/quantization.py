@@ -28,8 +28,11 @@ def quantized(weight: Tensor, bits: int) -> Tensor:
         tensor([ 1., -1.,  0.])
     """
     check_bits([bits])
-    scale = weight.abs().max() / (2 ** (bits - 1) - 1)
-    return torch.where(scale > 0, (weight / scale).round() * scale, weight)
+    if not weight.numel():
+        return weight.clone()
+    exact = weight if weight.dtype == torch.float64 else weight.float()  # a grid in half precision would be rounded too
+    scale = exact.abs().max() / (2 ** (bits - 1) - 1)
+    return torch.where(scale > 0, (exact / scale).round() * scale, exact).to(weight.dtype)
 
 
 def quantization_cost(weights: Mapping[str, Tensor], diagonals: Mapping[str, Tensor], bits: int) -> dict[str, float]:
@@ -63,16 +66,16 @@ def quantization_cost(weights: Mapping[str, Tensor], diagonals: Mapping[str, Ten
         if h is None or h.shape != weight.shape:
             found = "none" if h is None else f"one of shape {tuple(h.shape)}"
             raise ValueError(f"Found {found} for {name}, expected a diagonal of shape {tuple(weight.shape)}.")
-        rounded = (weight.detach() - quantized(weight.detach(), bits)).to(h.dtype)
-        result[name] = (h * rounded.square()).sum().item() / 2
+        exact = weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
+        result[name] = (h.to(exact.dtype) * (exact - quantized(exact, bits)).square()).sum().item() / 2
     return result
 
 
 def check_bits(bits: Iterable[int]) -> None:
     """Raises ValueError for numbers of bits that are out of range."""
     for number in bits:
-        if not 2 <= number <= MOST_BITS:
-            raise ValueError(f"Found {number} bits, expected 2 to {MOST_BITS}.")
+        if not 2 <= number <= MOST_BITS or number != int(number):
+            raise ValueError(f"Found {number} bits, expected 2 to {MOST_BITS}, a whole number.")
 
 
 def parse_bits(text: str | Sequence[int]) -> list[int]:

@@ -31,9 +31,9 @@ def untouched(model: nn.Module, training: bool = False) -> Iterator[list[tuple[s
     gradients = [(p, p.grad, dict(p._post_accumulate_grad_hooks or {})) for p in every]
     diagonals = [(p, p.__dict__["hess_diag"]) for p in every if "hess_diag" in p.__dict__]
     buffers = [
-        (module, name, buffer, buffer.detach().clone())
+        (module, name, buffer, None if buffer is None else buffer.detach().clone())
         for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+        for name, buffer in module._buffers.items()
     ]
     with ExitStack() as stack:
         stack.callback(_put_back, every, modes, gradients, diagonals, buffers)
@@ -61,7 +61,7 @@ def _put_back(
     modes: Sequence[tuple[nn.Module, bool]],
     gradients: Sequence[tuple[Any, Tensor | None, dict[Any, Any]]],
     diagonals: Sequence[tuple[Tensor, Any]],
-    buffers: Sequence[tuple[nn.Module, str, Tensor, Tensor]],
+    buffers: Sequence[tuple[nn.Module, str, Tensor | None, Tensor | None]],
 ) -> None:
     clear(every)
     for p, grad, hooks in gradients:
@@ -75,8 +75,27 @@ def _put_back(
     with torch.no_grad():
         for module, name, buffer, value in buffers:
             setattr(module, name, buffer)
-            if not torch.equal(buffer, value):
+            if buffer is not None and value is not None and not torch.equal(buffer, value):
                 buffer.copy_(value)
+
+
+def global_random_states() -> list[Tensor]:
+    """The states of Python's and numpy's generators, as tensors of integers, which load with ``weights_only``."""
+    _, python, _ = random.getstate()
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return [torch.tensor(python), torch.zeros(0, dtype=torch.int64)]
+    _, keys, position, *_ = numpy.random.get_state()
+    return [torch.tensor(python), torch.tensor([*keys.tolist(), int(position)])]
+
+
+def set_global_random_states(python: Tensor, numbers: Tensor) -> None:
+    """Sets what :func:`global_random_states` returned."""
+    random.setstate((3, tuple(python.tolist()), None))
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and len(numbers):
+        *keys, position = numbers.tolist()
+        numpy.random.set_state(("MT19937", keys, position))
 
 
 @contextmanager

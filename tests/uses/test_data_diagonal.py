@@ -409,3 +409,57 @@ def test_a_state_of_another_call_is_refused():
     with pytest.raises(ValueError, match="without batches, order, samples, settings, sums"):
         state.load_state_dict({})
     assert state.batches == len(SIZES)
+
+
+def test_what_else_requires_grad_is_left_alone():
+    """A parameter of the loss and an input that require grad keep their gradients; a buffer that was None is None."""
+
+    class Caching(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 1)
+            self.register_buffer("cache", None)
+
+        def forward(self, x):
+            self.cache = x.detach()
+            return super().forward(x)
+
+    model, factor = Caching(), nn.Parameter(torch.tensor(2.0))
+    factor.grad, x = torch.tensor(5.0), torch.randn(4, 3, requires_grad=True)
+    hess_diag_over(model, lambda y, target: factor * (y - target).square().mean(), [(x, torch.zeros(4, 1))])
+    assert factor.grad == 5.0
+    assert x.grad is None
+    assert model.cache is None
+
+
+@pytest.mark.parametrize("shuffle", ["python", "numpy"])
+def test_an_order_drawn_by_other_generators_is_resumed(shuffle):
+    class Shuffled(torch.utils.data.Sampler):
+        def __iter__(self):
+            order = list(range(24))
+            random.shuffle(order) if shuffle == "python" else numpy.random.shuffle(order)
+            return iter(order)
+
+        def __len__(self):
+            return 24
+
+    seen, state, model = [], HessDiagState(), nn.Linear(1, 1)
+    data = torch.utils.data.TensorDataset(torch.arange(24.0)[:, None], torch.zeros(24, 1))
+    loader = torch.utils.data.DataLoader(data, batch_size=4, sampler=Shuffled())
+
+    def step(model, batch):
+        seen.extend(batch[0].flatten().tolist())
+        return model(batch[0]).square().mean()
+
+    for _ in range(6):
+        random.random(), numpy.random.random()
+        hess_diag_over(model, None, loader, step=step, batches=1, state=state, progress_bar=False)
+    assert sorted(seen) == list(range(24))
+
+
+def test_persistent_workers_are_refused_when_going_on():
+    data = torch.utils.data.TensorDataset(torch.randn(8, 1), torch.zeros(8, 1))
+    loader = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True, num_workers=1, persistent_workers=True)
+    state, loss = HessDiagState(), nn.MSELoss()
+    hess_diag_over(nn.Linear(1, 1), loss, loader, batches=1, state=state, progress_bar=False)
+    with pytest.raises(ValueError, match="persistent_workers=True"):
+        hess_diag_over(nn.Linear(1, 1), loss, loader, batches=1, state=state, progress_bar=False)

@@ -3,6 +3,7 @@
 from itertools import combinations
 
 import lightning.pytorch as pl
+import numpy
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from hesscale_lightning import HesScaleCallback, HesScalePruning, SparsitySchedule, exact_hess_diag
 from hesscale_lightning.command_line.cli import main
-from hesscale_lightning.uses.pruning import LowestImportance
+from hesscale_lightning.uses.masks import LowestImportance, lowest
 from tests.lightning_models import CLASSES, FEATURES, Classifier, make_batches, make_loader, make_net
 
 
@@ -393,3 +394,14 @@ def test_a_strategy_that_splits_parameters_is_refused():
 
     with pytest.raises(MisconfigurationException, match="found the strategy FSDPStrategy, which splits"):
         HesScalePruning(1).setup(Trainer(), Quadratic(), "fit")
+
+
+@pytest.mark.parametrize("amount", [-1, -0.2, True, float("nan"), "half"])
+def test_an_amount_that_is_none_is_refused(amount):
+    with pytest.raises(ValueError, match="expected a fraction from 0 to 1, or a number of entries"):
+        lowest(torch.arange(5.0), amount)
+
+
+def test_numpy_s_integers_are_numbers_of_entries():
+    assert lowest(torch.arange(5.0), numpy.int64(1)).tolist() == [0]
+    assert lowest(torch.arange(5.0), numpy.float32(0.4)).tolist() == [0, 1]

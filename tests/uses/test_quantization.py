@@ -90,3 +90,13 @@ def test_bad_input_gets_an_error_that_says_what_to_do(case):
     call, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_grid_of_half_precision_weights_is_as_fine_as_any(dtype):
+    torch.manual_seed(0)
+    weight = (0.01 * torch.randn(500)).to(dtype)
+    cost = quantization_cost({"w": weight}, {"w": torch.ones(500)}, 8)["w"]
+    exact = quantization_cost({"w": weight.double()}, {"w": torch.ones(500).double()}, 8)["w"]
+    assert cost == pytest.approx(exact, rel=1e-3)
+    assert quantized(torch.zeros(0), 4).shape == (0,)
