@@ -1,6 +1,7 @@
 """The command line runs the example configs, lets every value be changed, and says what is wrong with a wrong one."""
 
 import csv
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 import yaml
 
 from hesscale_lightning import DigitsDataModule, HesScaleModule
-from hesscale_lightning.command_line.cli import main
+from hesscale_lightning.command_line.cli import console, main
 from hesscale_lightning.command_line.networks import MLP as MLPNetwork
 from hesscale_lightning.command_line.report import report
 
@@ -301,7 +302,7 @@ def test_help_explains_the_arguments_of_each_class(name, documented, monkeypatch
 
 def test_python_m_and_the_console_script_are_the_same_command():
     (script,) = (entry for entry in metadata.entry_points(group="console_scripts") if entry.name == "hesscale")
-    assert script.load() is main
+    assert script.load() is console
     shown = subprocess.run([sys.executable, "-m", "hesscale_lightning", "--help"], capture_output=True, text=True)
     assert shown.returncode == 0
     assert all(subcommand in shown.stdout for subcommand in ("fit", "validate", "test", "predict", "report"))
@@ -315,3 +316,39 @@ def test_the_demos_command_trains_from_the_repositorys_root(tmp_path):
     assert "train/loss" in run.stdout + run.stderr  # the progress bar
     assert "curvature/" not in run.stdout + run.stderr
     assert (tmp_path / "digits_mlp" / "version_0" / "metrics.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--quantize", "4.5"], "Found quantize='4.5', expected numbers of bits, such as 8,4."),
+        (["--quantize", "1"], "Found 1 bits, expected 2 to 16"),
+        (["--ckpt", "nowhere.ckpt"], "Found no checkpoint at nowhere.ckpt"),
+        (["--ckpt", "bad.ckpt"], "Found bad.ckpt of 13 bytes, which torch.load cannot read as weights"),
+    ],
+    ids=["bits that are none", "too few bits", "no file", "no checkpoint"],
+)
+def test_the_command_tells_a_wrong_argument_in_one_line(tmp_path, options, said):
+    (tmp_path / "bad.ckpt").write_bytes(b"no checkpoint")
+    command = [sys.executable, "-m", "hesscale_lightning", "report", "--config", str(MLP), *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert f"hesscale: error: {said}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_optimizer_of_a_plain_callable_gets_advice(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from collections.abc import Callable\n"
+        "from lightning.pytorch import LightningModule\n\n"
+        "class Mine(LightningModule):\n"
+        "    def __init__(self, optimizer: Callable) -> None:\n"
+        "        super().__init__()\n"
+    )
+    config = "model: {class_path: mine.Mine, init_args: {optimizer: {class_path: hesscale_lightning.AdaHesScale}}}\n"
+    (tmp_path / "mine.yaml").write_text(config)
+    command = [sys.executable, "-m", "hesscale_lightning", "fit", "--config", "mine.yaml"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(tmp_path)])}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode != 0
+    assert "OptimizerCallable of lightning.pytorch.cli" in done.stderr

@@ -12,6 +12,7 @@ import difflib
 import inspect
 import pickle
 import re
+import sys
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +25,14 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from hesscale_lightning.command_line.report import report
 from hesscale_lightning.curvature.engine import Method
 from hesscale_lightning.uses.quantization import parse_bits
+
+
+class WrongArgumentError(ValueError):
+    """An argument of a command does not fit; its message is all that a user needs to see."""
+
+
+class NoFileError(WrongArgumentError, FileNotFoundError):
+    """A file that a command is to read is not there."""
 
 
 class SaveConfigBesideLog(SaveConfigCallback):
@@ -47,6 +56,11 @@ class ReadableParser(LightningArgumentParser):
             advice = (
                 "\n\nThe model takes its optimizer as an argument: write it under model.init_args.optimizer in the "
                 "config, or --model.optimizer on the command line."
+            )
+        if re.search(r"Callable.* expects a function or a callable class", message):
+            advice += (
+                "\n\nAn argument that takes an optimizer is annotated with OptimizerCallable of "
+                "lightning.pytorch.cli, which says what is left to be passed: the parameters."
             )
         missing = re.search(r"No module named '([\w.]+)'", message)
         if missing:
@@ -94,10 +108,13 @@ class ReportingTrainer(Trainer):
             quantize: numbers of bits, such as 8,4; also prints and draws what rounding each layer's weights costs.
             quantize_method: the method of the diagonals for that; hesscale_rank1 ranks layers of deep networks best.
         """
-        bits = [] if quantize is None else parse_bits(quantize)
+        try:
+            bits = [] if quantize is None else parse_bits(quantize)
+        except ValueError as error:
+            raise WrongArgumentError(*error.args) from None
         if ckpt is not None:
             if not Path(ckpt).is_file():
-                raise FileNotFoundError(f"Found no checkpoint at {ckpt}, expected one that `hesscale fit` has written.")
+                raise NoFileError(f"Found no checkpoint at {ckpt}, expected one that `hesscale fit` has written.")
             _load_weights(model, ckpt)
         model.trainer = self
         source = model if datamodule is None else datamodule
@@ -111,28 +128,28 @@ class ReportingTrainer(Trainer):
 
 
 def _load_weights(model: LightningModule, ckpt: str) -> None:
-    """Loads a checkpoint's weights; raises ValueError with one line for a file that does not fit, and loads nothing."""
+    """Loads a checkpoint's weights; raises WrongArgumentError for a file that does not fit, and loads nothing."""
     expected = "expected a checkpoint that `hesscale fit` has written with the same --config"
     try:
         content = torch.load(ckpt, map_location="cpu", weights_only=True)
     except (EOFError, OSError, RuntimeError, pickle.UnpicklingError, ValueError) as error:
         size = Path(ckpt).stat().st_size
-        raise ValueError(
+        raise WrongArgumentError(
             f"Found {ckpt} of {size} bytes, which torch.load cannot read as weights; {expected}."
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        raise ValueError(f"Found {ckpt} with a {type(content).__name__} without a state_dict; {expected}.")
+        raise WrongArgumentError(f"Found {ckpt} with a {type(content).__name__} without a state_dict; {expected}.")
     found, own = content["state_dict"], model.state_dict()
     missing, foreign = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
     if missing or foreign:
         named = [f"without {', '.join(missing[:3])}"] * bool(missing) + [f"with {', '.join(foreign[:3])}"] * bool(
             foreign
         )
-        raise ValueError(f"Found {ckpt} {' and '.join(named)}, unlike {type(model).__name__}'s; {expected}.")
+        raise WrongArgumentError(f"Found {ckpt} {' and '.join(named)}, unlike {type(model).__name__}'s; {expected}.")
     for name, value in own.items():
         if isinstance(value, torch.Tensor) and found[name].shape != value.shape:
             shapes = f"{tuple(found[name].shape)}, and the model needs {tuple(value.shape)}"
-            raise ValueError(f"Found {ckpt} with {name} of shape {shapes}; {expected}.")
+            raise WrongArgumentError(f"Found {ckpt} with {name} of shape {shapes}; {expected}.")
     model.load_state_dict(found)
 
 
@@ -180,3 +197,11 @@ def main(args: ArgsType = None) -> None:
     # Lightning 2.6 calls what torch 2.13 deprecates: nothing a user could do about it.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     HesScaleCLI(args)
+
+
+def console() -> None:
+    """The command line as a command: arguments that do not fit are told in one line, without a traceback."""
+    try:
+        main()
+    except WrongArgumentError as error:
+        sys.exit(f"hesscale: error: {error}")

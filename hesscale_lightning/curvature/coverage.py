@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hesscale_lightning.curvature.complex_numbers import complex_output
 from hesscale_lightning.curvature.composite import Joiner
-from hesscale_lightning.curvature.engine import Method, root_of, wanted_tensors
+from hesscale_lightning.curvature.engine import Method, root_of, tell_freed_graph, wanted_tensors
 from hesscale_lightning.curvature.graph import AccumulateGrad, Node, Trace, trace
 from hesscale_lightning.curvature.plan import Output
 from hesscale_lightning.curvature.planning import make_plan
@@ -136,6 +136,7 @@ def coverage(loss: Tensor, params: Iterable[Tensor] | None = None, *, method: Me
 
     Raises:
         ValueError, TypeError: As ``attach``, except that an unsupported operation is reported and not raised.
+        RuntimeError: The graph was freed by an earlier backward.
 
     Example:
         >>> import torch
@@ -159,6 +160,14 @@ def coverage(loss: Tensor, params: Iterable[Tensor] | None = None, *, method: Me
     missing = 0 if leaves is None else len(leaves) - found.leaves - sum(found.index.get(n, -1) >= 0 for n, _ in inner)
     if found.index[root] < 0:
         return CoverageReport((), missing)
+    try:
+        return _report(root, found, inner, missing, method)
+    except RuntimeError as error:
+        tell_freed_graph(error)
+        raise
+
+
+def _report(root: Node, found: Trace, inner: dict[Output, Tensor], missing: int, method: Method) -> CoverageReport:
     with torch.no_grad():
         entries = tuple(_entries(root, found, {node for node, _ in inner}))
         refinement = None

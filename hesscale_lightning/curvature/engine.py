@@ -95,14 +95,19 @@ def attach(loss: Tensor, params: Iterable[Tensor] | None = None, *, method: Meth
         if attachment is None:
             attachment = _attached(loss, root, wanted, method)
     except RuntimeError as error:
-        if "through the graph a second time" in str(error):
-            raise RuntimeError(
-                "the graph of this loss was freed by an earlier backward(): attach before backward, and once per "
-                "backward; to go through one graph twice use retain_graph=True"
-            ) from None
+        tell_freed_graph(error)
         raise
     setattr(loss, _OWNER, attachment)
     return attachment
+
+
+def tell_freed_graph(error: RuntimeError) -> None:
+    """Raises in plain words if an error is torch's for a graph whose saved tensors are gone."""
+    if "through the graph a second time" in str(error):
+        raise RuntimeError(
+            "the graph of this loss was freed by an earlier backward(): attach, or ask for coverage, before backward, "
+            "and attach once per backward; to go through one graph twice use retain_graph=True"
+        ) from None
 
 
 def _attached(loss: Tensor, root: Node, wanted: dict[int, Tensor] | None, method: str) -> Attachment:

@@ -1,6 +1,7 @@
 r"""What rounding a layer's weights costs, by the diagonal: :math:`\frac12 \sum h (w - Q(w))^2`."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ def quantization_cost(weights: Mapping[str, Tensor], diagonals: Mapping[str, Ten
         The cost of each tensor in units of the loss, by name.
 
     Raises:
+        TypeError: If the tensors are not given by name.
         ValueError: If ``bits`` is out of range, or a diagonal is missing or of another shape.
 
     Example:
@@ -60,6 +62,11 @@ def quantization_cost(weights: Mapping[str, Tensor], diagonals: Mapping[str, Ten
         0.26
     """
     check_bits([bits])
+    pair: tuple[Any, Any] = weights, diagonals
+    for given in pair:
+        if not isinstance(given, Mapping):
+            found = f"Found a {type(given).__name__}, expected tensors by name"
+            raise TypeError(f"{found}, such as dict(model.named_parameters()).")
     result = {}
     for name, weight in weights.items():
         h = diagonals.get(name)

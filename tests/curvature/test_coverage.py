@@ -109,3 +109,11 @@ def test_parameters_behind_an_unsupported_operation_are_split_off() -> None:
     assert {id(p) for p in skipped} == {id(body), id(shared)}
     backward(loss, reachable)
     assert head.hess_diag is not None
+
+
+def test_a_freed_graph_is_told_as_by_attach() -> None:
+    w = torch.randn(3, requires_grad=True)
+    loss = w.exp().sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match=r"graph of this loss was freed by an earlier backward\(\)"):
+        coverage(loss)

@@ -100,3 +100,8 @@ def test_the_grid_of_half_precision_weights_is_as_fine_as_any(dtype):
     exact = quantization_cost({"w": weight.double()}, {"w": torch.ones(500).double()}, 8)["w"]
     assert cost == pytest.approx(exact, rel=1e-3)
     assert quantized(torch.zeros(0), 4).shape == (0,)
+
+
+def test_tensors_without_names_are_refused():
+    with pytest.raises(TypeError, match="Found a list, expected tensors by name"):
+        quantization_cost([torch.ones(2)], {}, 4)
